@@ -1,0 +1,359 @@
+"""Saves what a run needs to continue, and restores it on any mesh; the only door to Orbax.
+
+A checkpoint of a run holds four items: `state` and `tokenizer` (trees of arrays, written shard by
+shard), `data` (the position of the data iterator) and `config` (both plain JSON). It is written in
+the background and appears under its step number only when it is whole, so a killed run leaves
+every earlier one intact. Directories may be local or a bucket (`gs://...`).
+"""
+
+import contextlib
+import dataclasses
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+Tree = Any  # a tree of arrays, or of jax.ShapeDtypeStruct where the name says abstract
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, found or read; the message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a run continues from; the tokenizer is None where none was asked for."""
+
+    step: int
+    state: Tree
+    tokenizer: Tree
+    data: dict[str, Any]
+
+
+class Checkpoints:
+    """The numbered checkpoints of one run."""
+
+    def __init__(self, directory: str, *, every: int | None = None, keep: int | None = None):
+        """Opens a directory; to write, creates it and tries to write to it.
+
+        Args:
+          directory: Of the run; one numbered folder a checkpoint.
+          every: Training steps between two checkpoints; None opens for reading only.
+          keep: How many of the newest checkpoints stay; None keeps all.
+
+        Raises:
+          CheckpointError: If the directory cannot be written, or read where `every` is None.
+        """
+        self._directory = _absolute(directory)
+        self._position: int | None = None  # the step this run last saved or restored
+        self._read_only = every is None
+        if every is None:
+            if not self._directory.is_dir():
+                raise CheckpointError(f"{self._directory} does not exist: train there first.")
+            policies = []
+        else:
+            _check_writable(self._directory)
+            policies = [
+                checkpoint_managers.FixedIntervalPolicy(every),
+                checkpoint_managers.PreemptionCheckpointingPolicy(),
+            ]
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                cleanup_tmp_directories=not self._read_only,  # what a killed run left behind
+                save_decision_policy=checkpoint_managers.AnySavePolicy(policies),
+                preservation_policy=checkpoint_managers.LatestN(keep),
+            ),
+            handler_registry=_registry(arrays=("state", "tokenizer"), json=("data", "config")),
+        )
+
+    def save(
+        self,
+        step: int,
+        *,
+        state: Tree,
+        tokenizer: Tree | None,
+        data: dict[str, Any],
+        config: dict[str, Any],
+        force: bool = False,
+    ) -> bool:
+        """Starts a checkpoint if one is due, and returns whether it did.
+
+        One is due at multiples of `every`, when the scheduler is about to take the machines, and
+        with `force`. The arrays are copied before this returns, so they may be donated; the files
+        are written in the background. A step that this run already saved is not written again.
+
+        Raises:
+          CheckpointError: If the directory holds this step or a later one from another run, or a
+            write failed (that of an earlier step shows here too).
+        """
+        if self._read_only:
+            raise CheckpointError(f"{self._directory} is open for reading only: pass `every`.")
+        if step == self._position:
+            return False
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            raise CheckpointError(
+                f"{self._directory} already holds step {latest}, cannot save step {step}: continue"
+                " from it, delete the later steps or use another directory."
+            )
+        items: dict[str, ocp.args.CheckpointArgs] = {"state": ocp.args.StandardSave(state)}
+        if tokenizer is not None:
+            items["tokenizer"] = ocp.args.StandardSave(tokenizer)
+        items["data"] = ocp.args.JsonSave(data)
+        items["config"] = ocp.args.JsonSave(config)
+        with self._writing():
+            saved = self._manager.save(step, args=ocp.args.Composite(**items), force=force)
+        if saved:
+            self._position = step
+        return saved
+
+    def restore(
+        self,
+        abstract_state: Tree,
+        *,
+        abstract_tokenizer: Tree | None = None,
+        step: int | None = None,
+    ) -> Restored:
+        """Reads a checkpoint into the shapes, types and shardings of the abstract trees.
+
+        Args:
+          abstract_state: A tree of `jax.ShapeDtypeStruct`; the shardings may be of another mesh
+            than the one that saved. A leaf without one goes to the first local device.
+          abstract_tokenizer: The same for the tokenizer; None does not read it.
+          step: Which one; None takes the latest.
+
+        Raises:
+          CheckpointError: If there is none, it is damaged, or it belongs to another model.
+        """
+        step = self._existing(step)
+        trees = {"state": abstract_state}
+        if abstract_tokenizer is not None:
+            trees["tokenizer"] = abstract_tokenizer
+        with self._reading(step):
+            metadata = self._manager.item_metadata(step)
+            _check_matches(
+                trees,
+                {name: metadata[name] for name in trees},
+                where=f"Step {step} in {self._directory}",
+            )
+            items: dict[str, ocp.args.CheckpointArgs] = {
+                name: ocp.args.StandardRestore(_placed(tree)) for name, tree in trees.items()
+            }
+            items["data"] = ocp.args.JsonRestore()
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        self._position = step
+        return Restored(
+            step=step,
+            state=restored["state"],
+            tokenizer=restored["tokenizer"] if "tokenizer" in items else None,
+            data=restored["data"],
+        )
+
+    def config(self, step: int | None = None) -> dict[str, Any]:
+        """The config saved with a step (None: the latest); reads no arrays."""
+        step = self._existing(step)
+        with self._reading(step):
+            items = ocp.args.Composite(config=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=items)["config"]
+
+    def latest_step(self) -> int | None:
+        """The newest step saved, None if there is none."""
+        return self._manager.latest_step()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the machines will be taken soon; all processes agree on the answer.
+
+        Needs `jax.distributed.initialize`; without it always False.
+        """
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Returns when every started checkpoint is whole."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and stops the background threads."""
+        with self._writing():
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+    def _existing(self, step: int | None) -> int:
+        known = sorted(self._manager.all_steps())
+        if not known:
+            raise CheckpointError(f"No checkpoint in {self._directory}: train there first.")
+        if step is None:
+            return known[-1]
+        if step not in known:
+            raise CheckpointError(
+                f"No checkpoint of step {step} in {self._directory}: it has"
+                f" {', '.join(map(str, known))}."
+            )
+        return step
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with _one_line(f"Writing to {self._directory} failed", "free space or use another one"):
+            yield
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        with _one_line(
+            f"The checkpoint of step {step} in {self._directory} is damaged",
+            f"delete {self._directory / str(step)} or pass an earlier step",
+        ):
+            yield
+
+
+def save_tree(directory: str, tree: Tree, metadata: dict[str, Any]) -> None:
+    """Writes one tree and its JSON description; the directory appears only when both are whole.
+
+    Raises:
+      CheckpointError: If the directory exists or cannot be written.
+    """
+    path = _absolute(directory)
+    if path.exists():
+        raise CheckpointError(f"{path} exists: delete it or use another directory.")
+    _check_writable(path.parent)
+    items = ocp.args.Composite(
+        tree=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(metadata)
+    )
+    writing = _one_line(f"Writing {path} failed", "free space or use another directory")
+    with writing, _tree_checkpointer() as checkpointer:
+        checkpointer.save(path, args=items)
+
+
+def load_tree(directory: str, abstract: Tree) -> Tree:
+    """Reads a tree of `save_tree` into the shapes and shardings of an abstract one.
+
+    Raises:
+      CheckpointError: If it is not there, is damaged, or has other shapes.
+    """
+    path = _absolute(directory)
+    with _reading_tree(path) as checkpointer:
+        # None if the files that describe it are gone; the TypeError then says "damaged".
+        saved = checkpointer.metadata(path).item_metadata["tree"]  # pyright: ignore[reportOptionalSubscript]
+        _check_matches({"tree": abstract}, {"tree": saved}, where=str(path))
+        args = ocp.args.Composite(tree=ocp.args.StandardRestore(_placed(abstract)))
+        return checkpointer.restore(path, args=args)["tree"]
+
+
+def load_metadata(directory: str) -> dict[str, Any]:
+    """Reads the description given to `save_tree`, and no arrays."""
+    path = _absolute(directory)
+    with _reading_tree(path) as checkpointer:
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return checkpointer.restore(path, args=args)["metadata"]
+
+
+@contextlib.contextmanager
+def _reading_tree(path: epath.Path) -> Iterator[ocp.Checkpointer]:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist.")
+    reading = _one_line(f"{path} is damaged", "delete it and make it again")
+    with reading, _tree_checkpointer() as checkpointer:
+        yield checkpointer
+
+
+def _tree_checkpointer() -> ocp.Checkpointer:
+    registry = _registry(arrays=("tree",), json=("metadata",))
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(handler_registry=registry))
+
+
+def _registry(*, arrays: tuple[str, ...], json: tuple[str, ...]):
+    """Tells Orbax the kind of each item, so that it can describe one without restoring it."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for name in arrays:
+        handler = ocp.StandardCheckpointHandler()
+        registry.add(name, ocp.args.StandardSave, handler)
+        registry.add(name, ocp.args.StandardRestore, handler)
+    for name in json:
+        handler = ocp.JsonCheckpointHandler()
+        registry.add(name, ocp.args.JsonSave, handler)
+        registry.add(name, ocp.args.JsonRestore, handler)
+    return registry
+
+
+def _absolute(directory: str) -> epath.Path:
+    path = epath.Path(directory)
+    return path if "://" in directory else path.expanduser().resolve()  # a bucket is absolute
+
+
+def _check_writable(directory: epath.Path) -> None:
+    # Only a write proves it: permission bits say nothing to root or about a bucket.
+    probe = directory / f".write_test_{uuid.uuid4().hex}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or _first_line(error)
+        raise CheckpointError(
+            f"Cannot write to {directory} ({reason}): use another one."
+        ) from error
+
+
+def _placed(abstract: Tree) -> Tree:
+    # Orbax would place an unsharded leaf as it was saved, on devices that may not exist here.
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default
+        ),
+        abstract,
+    )
+
+
+def _check_matches(expected: dict[str, Tree], saved: dict[str, Tree], *, where: str) -> None:
+    """Orbax reports a wrong shape without saying of which leaf; this names the first one."""
+    in_model = _shapes(expected)
+    in_checkpoint = _shapes({name: metadata.tree for name, metadata in saved.items()})
+    for name in in_model | in_checkpoint:
+        ours, theirs = in_model.get(name, "absent"), in_checkpoint.get(name, "absent")
+        if ours != theirs:
+            raise CheckpointError(
+                f"{where} is of another model: {name} is {theirs} in the checkpoint, {ours} here."
+                " Use the config it was made with."
+            )
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): _stored_shape(leaf)
+        for path, leaf in leaves
+    }
+
+
+def _stored_shape(leaf: Any) -> tuple[int, ...]:
+    if isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)  # keys are stored as their numbers
+    return tuple(leaf.shape)
+
+
+@contextlib.contextmanager
+def _one_line(what: str, remedy: str) -> Iterator[None]:
+    # Orbax raises many types for bad files, plain Exception among them.
+    try:
+        yield
+    except (CheckpointError, jax.errors.JaxRuntimeError):
+        raise  # already clear; or the device is out of memory, and the files are not to blame
+    except Exception as error:
+        raise CheckpointError(f"{what} ({_first_line(error)}): {remedy}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return text if len(text) < 200 else text[:200] + "..."

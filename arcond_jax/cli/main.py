@@ -1,0 +1,60 @@
+"""`arcond <command>`: one file a command; errors of the user end in one line and exit code 2."""
+
+import argparse
+import logging
+import sys
+
+from arcond_jax import build, checkpoint
+from arcond_jax.cli import calibrate, demo, evaluate, sample, train
+from arcond_jax.training import loop
+
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "calibrate": calibrate,
+    "sample": sample,
+    "evaluate": evaluate,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="arcond", description="Autoregressive image generation in JAX."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").partition(": ")[2].strip()
+        command = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+    prefix = "--config."
+    overrides = [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
+    args = parser.parse_args([a for a in argv if not a.startswith(prefix)])
+    args.overrides = overrides
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("absl", "jax", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        COMMANDS[args.command].main(args)
+    except (
+        build.ConfigError,
+        checkpoint.CheckpointError,
+        loop.DivergedError,
+        ValueError,
+        OSError,
+    ) as error:
+        print(f"arcond {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""`arcond train`: train a config in a working directory, or go on where it stopped."""
+
+import argparse
+import pathlib
+
+import numpy as np
+from jaxtyping import UInt8
+
+from arcond_jax import build, run
+from arcond_jax.analysis import figures
+
+EPILOG = """examples:
+  arcond train --config configs/digits.py:joint --workdir runs/digits
+  arcond train --config digits:ar --workdir runs/ar --config.training.learning_rate=1e-3
+
+Run the same command again to resume. SIGTERM saves and exits 0."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="checkpoints and logs")
+
+
+def main(args: argparse.Namespace) -> None:
+    config = build.load_config(args.config, args.overrides)
+    workdir = args.workdir
+
+    def show(
+        step: int, image_uint8: UInt8[np.ndarray, "n height width channels"], label: np.ndarray
+    ) -> None:
+        (workdir / "samples").mkdir(exist_ok=True)
+        sheet = figures.class_grid(
+            image_uint8, label, num_classes=run.num_classes(config), per_class=10
+        )
+        figures.write_png(workdir / "samples" / f"step_{step:08d}.png", sheet)
+
+    complete = run.train(config, workdir, show=show)
+    print(f"{'complete' if complete else 'stopped and saved'}: {workdir}")

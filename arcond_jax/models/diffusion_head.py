@@ -1,0 +1,103 @@
+"""The denoising MLP: a noisy latent, a time and a condition in; the noise and v out.
+
+Source: MAR (Li et al., 2024, "Autoregressive Image Generation without Vector Quantization"),
+models/diffloss.py, `SimpleMLPAdaLN`.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from arcond_jax.nn import linear, norm, parameter
+
+NUM_FREQUENCIES = 128  # MAR's TimestepEmbedder: 256 features, cosines then sines
+
+xavier = nn.initializers.xavier_uniform()
+
+
+def time_features(t: Int[Array, "..."]) -> Float[Array, "... features"]:
+    """Sinusoids of the time, periods from 2 pi to 10000 * 2 pi; Vaswani et al. (2017)."""
+    frequency = jnp.exp(-math.log(10000.0) * jnp.arange(NUM_FREQUENCIES) / NUM_FREQUENCIES)
+    angle = t[..., None].astype(jnp.float32) * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class ResBlock(nn.Module):
+    """Residual MLP whose norm is shifted, scaled and gated by the condition (adaLN)."""
+
+    width: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"], y: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        modulation = linear.Linear(
+            (3, self.width),
+            ("embed", None, "mlp"),
+            use_bias=True,
+            kernel_init=parameter.zeros_init,
+            dtype=self.dtype,
+            name="modulation",
+        )(jax.nn.silu(y))
+        shift, scale, gate = (modulation[..., i, :] for i in range(3))
+        hidden = norm.LayerNorm(name="norm")(x) * (1.0 + scale) + shift
+        for i, axes in enumerate((("embed", "mlp"), ("mlp", "embed"))):
+            hidden = linear.Linear(
+                (self.width,),
+                axes,
+                use_bias=True,
+                kernel_init=xavier,
+                dtype=self.dtype,
+                name=f"mlp_{i}",
+            )(hidden)
+            hidden = jax.nn.silu(hidden) if i == 0 else hidden
+        return x + gate * hidden
+
+
+class DiffusionHead(nn.Module):
+    """MAR's adaLN MLP over single tokens; returns 2c float32 numbers per token of c channels.
+
+    Attributes:
+      channels: c, of the latent.
+      depth: Residual blocks.
+      width: Of the MLP, independent of the backbone's.
+    """
+
+    channels: int
+    depth: int
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*n c"], t: Int[Array, "..."], cond: Float[Array, "*n d"]
+    ) -> Float[Array, "*n two_c"]:
+        """`t` is the original time (0 .. 999), for all rows or one for each."""
+
+        def dense(features: int, axes: tuple, init, name: str) -> linear.Linear:
+            return linear.Linear(
+                (features,), axes, use_bias=True, kernel_init=init, dtype=self.dtype, name=name
+            )
+
+        width = self.width
+        time = dense(width, (None, "embed"), parameter.normal_init, "time_0")(time_features(t))
+        time = dense(width, ("embed", "mlp"), parameter.normal_init, "time_1")(jax.nn.silu(time))
+        y = time + dense(width, ("embed", "mlp"), xavier, "cond")(cond)
+        h = dense(width, (None, "embed"), xavier, "input")(x)
+        for i in range(self.depth):
+            h = ResBlock(width, self.dtype, name=f"block_{i}")(h, y)
+
+        modulation = linear.Linear(
+            (2, width),
+            ("embed", None, "mlp"),
+            use_bias=True,
+            kernel_init=parameter.zeros_init,
+            dtype=self.dtype,
+            name="final_modulation",
+        )(jax.nn.silu(y))
+        h = norm.LayerNorm(use_affine=False)(h) * (1.0 + modulation[..., 1, :])
+        h = h + modulation[..., 0, :]
+        output = dense(2 * self.channels, ("embed", None), parameter.zeros_init, "output")(h)
+        return output.astype(jnp.float32)

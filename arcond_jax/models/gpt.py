@@ -1,0 +1,155 @@
+"""Causal transformer over [prefix, raster tokens]: embeddings in, hidden states out.
+
+The block is LlamaGen's (Sun et al., 2024, "Autoregressive Model Beats Diffusion"; official
+autoregressive/models/gpt.py): RMSNorm, rotary positions in two dimensions, SwiGLU, no biases.
+What is embedded and what is predicted belongs to the models that use it.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from arcond_jax.nn import attention, linear, mlp, norm, rope
+
+# LlamaGen's table (Sun et al., 2024, table 1).
+SIZES = {
+    "B": dict(depth=12, width=768, num_heads=12),
+    "L": dict(depth=24, width=1024, num_heads=16),
+    "XL": dict(depth=36, width=1280, num_heads=20),
+    "XXL": dict(depth=48, width=1536, num_heads=24),
+}
+
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+    """Pre-norm causal attention and SwiGLU; scanned over layers, so it carries (x, cache)."""
+
+    num_heads: int
+    num_kv_heads: int
+    mlp_hidden: int
+    qk_norm: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "b l d"], attention.Cache | None],
+        layer: Int[Array, ""],
+        table: Float[Array, "l pairs 2"],
+    ) -> tuple[tuple[Float[Array, "b l d"], attention.Cache | None], None]:
+        x, cache = carry
+        b, l, d = x.shape
+        head_dim = d // self.num_heads
+        groups = self.num_heads // self.num_kv_heads
+
+        y = norm.RMSNorm(name="attention_norm")(x)
+        # Each key-value head beside its query heads: a tensor-parallel mesh cuts between heads.
+        qkv = linear.Linear(
+            (self.num_kv_heads, groups + 2, head_dim),
+            ("embed", "heads", None, None),
+            dtype=self.dtype,
+            name="qkv",
+        )(y)
+        queries = qkv[..., :groups, :].reshape(b, l, self.num_heads, head_dim)
+        keys, values = qkv[..., groups, :], qkv[..., groups + 1, :]
+        if self.qk_norm:
+            queries = norm.RMSNorm(axis_name=None, name="query_norm")(queries)
+            keys = norm.RMSNorm(axis_name=None, name="key_norm")(keys)
+        queries, keys = rope.rotate(queries, table), rope.rotate(keys, table)
+
+        start = jnp.zeros((), jnp.int32)
+        if cache is not None:
+            start = cache.index
+            cache = attention.write_layer(cache, layer, keys, values)
+            keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
+            values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+        mask = jnp.arange(keys.shape[1]) <= start + jnp.arange(l)[:, None]
+        y = attention.attend(queries, keys, values, mask).reshape(b, l, d)
+        x = x + linear.Linear((d,), ("heads", "embed"), dtype=self.dtype, name="out")(y)
+
+        y = norm.RMSNorm(name="mlp_norm")(x)
+        x = x + mlp.SwiGLU(d, self.mlp_hidden, dtype=self.dtype, name="mlp")(y)
+        return (linear.constrain_batch(x), cache), None
+
+
+class GPT(nn.Module):
+    """The stack of blocks; its output is not yet normalised.
+
+    Attributes:
+      grid: Rows and columns of the token grid; positions beyond prefix + grid do not exist.
+      num_prefix: Tokens before the grid (1: the class).
+      num_kv_heads: None for as many as `num_heads`.
+      mlp_hidden: Width inside SwiGLU; None for LlamaGen's rule.
+      remat: "none", "full" (recompute blocks in the backward pass) or "dots" (keep weight
+        products).
+      unroll: Layers per iteration of the scan; `depth` unrolls it. Same parameters either way.
+    """
+
+    depth: int
+    width: int
+    num_heads: int
+    grid: tuple[int, int]
+    num_prefix: int = 1
+    num_kv_heads: int | None = None
+    mlp_hidden: int | None = None
+    qk_norm: bool = False
+    remat: str = "none"
+    unroll: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @property
+    def length(self) -> int:
+        return self.num_prefix + self.grid[0] * self.grid[1]
+
+    def empty_cache(self, batch: int) -> attention.Cache:
+        return attention.empty_cache(
+            depth=self.depth,
+            batch=batch,
+            length=self.length,
+            kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.width // self.num_heads,
+            dtype=self.dtype,
+        )
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], cache: attention.Cache | None = None
+    ) -> tuple[Float[Array, "b l d"], attention.Cache | None]:
+        """Runs the tokens after those in `cache`; without a cache, from the first position on."""
+        table = jnp.asarray(
+            rope.rope_table(self.grid, self.width // self.num_heads, num_prefix=self.num_prefix)
+        )
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.index
+        table = jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])
+
+        block = Block
+        if self.remat != "none":
+            # prevent_cse is for code outside scans; inside it only blocks optimisation.
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            length=self.depth,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            mlp_hidden=self.mlp_hidden or mlp.swiglu_hidden(self.width),
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            name="blocks",
+        )
+        (x, cache), _ = stack((x.astype(self.dtype), cache), jnp.arange(self.depth), table)
+        if cache is not None:
+            cache = dataclasses.replace(cache, index=cache.index + x.shape[1])
+        return x, cache

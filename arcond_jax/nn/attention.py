@@ -1,0 +1,73 @@
+"""Attention, and the cache of keys and values that makes sampling linear in length."""
+
+import dataclasses
+import math
+from typing import no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+
+@no_type_check  # jax rebuilds pytrees around shapes, axes and None
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of all layers at the positions seen so far.
+
+    One array for all layers, carried through the scan over layers and written in place: as scanned
+    input and output it would be copied at every step.
+    """
+
+    keys: Float[Array, "depth b l kv_heads k"]
+    values: Float[Array, "depth b l kv_heads k"]
+    index: Int[Array, ""]  # positions filled; the next token goes here
+
+
+def empty_cache(
+    *, depth: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+) -> Cache:
+    """A cache with room for `length` positions."""
+    zeros = jnp.zeros((depth, batch, length, kv_heads, head_dim), dtype)
+    return Cache(keys=zeros, values=zeros, index=jnp.zeros((), jnp.int32))
+
+
+def write_layer(
+    cache: Cache,
+    layer: Int[Array, ""],
+    keys: Float[Array, "b l kv_heads k"],
+    values: Float[Array, "b l kv_heads k"],
+) -> Cache:
+    """Puts one layer's new keys and values behind those already there; `index` stays."""
+    start = (layer, 0, cache.index, 0, 0)
+    return dataclasses.replace(
+        cache,
+        keys=jax.lax.dynamic_update_slice(cache.keys, keys[None].astype(cache.keys.dtype), start),
+        values=jax.lax.dynamic_update_slice(
+            cache.values, values[None].astype(cache.values.dtype), start
+        ),
+    )
+
+
+def attend(
+    queries: Float[Array, "b l h k"],
+    keys: Float[Array, "b m kv_heads k"],
+    values: Float[Array, "b m kv_heads k"],
+    mask: Bool[Array, "l m"] | None = None,
+) -> Float[Array, "b l h k"]:
+    """Scaled dot-product attention; softmax in float32; grouped heads share a key in blocks.
+
+    Args:
+      mask: True where a query may look; None lets every query see every key.
+
+    Source: Vaswani et al. (2017), eq. 1; Ainslie et al. (2023) for grouped queries.
+    """
+    b, l, h, k = queries.shape
+    kv_heads = keys.shape[2]
+    queries = queries.reshape(b, l, kv_heads, h // kv_heads, k)
+    scores = jnp.einsum("blngk,bmnk->bnglm", queries, keys, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(k)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bnglm,bmnk->blngk", weights, values).reshape(b, l, h, k)

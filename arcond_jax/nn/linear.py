@@ -1,0 +1,62 @@
+"""Matrices and tables with a name for each axis, so that one table of rules can shard them all."""
+
+import math
+
+import flax.linen as nn
+import flax.linen.spmd
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from arcond_jax.nn import parameter
+
+
+class Linear(nn.Module):
+    """Affine map of the last axis to `features`; parameters float32, arithmetic in `dtype`.
+
+    Attributes:
+      features: Sizes of the output axes; several of them save the reshapes around attention.
+      axes: Logical names of the kernel's axes: the input's, then one per entry of `features`.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    use_bias: bool = False
+    kernel_init: parameter.Initializer = parameter.normal_init
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "..."]:
+        # Initialised as a matrix, so that fan-in is the input axis whatever the output's shape.
+        def init(rng, shape, dtype):
+            flat = (shape[0], math.prod(shape[1:]))
+            return self.kernel_init(rng, flat, dtype).reshape(shape)
+
+        kernel = parameter.parameter(self, "kernel", init, (x.shape[-1], *self.features), self.axes)
+        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=1)
+        if self.use_bias:
+            bias = parameter.parameter(
+                self, "bias", parameter.zeros_init, self.features, self.axes[1:]
+            )
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """Table of `num_rows` vectors, looked up by id."""
+
+    num_rows: int
+    width: int
+    init: parameter.Initializer = parameter.normal_init
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
+        shape = (self.num_rows, self.width)
+        table = parameter.parameter(self, "table", self.init, shape, ("vocab", "embed"))
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps the first axis on the mesh's batch axes; the identity outside a mesh."""
+    return flax.linen.spmd.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))

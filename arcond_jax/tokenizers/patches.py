@@ -1,0 +1,183 @@
+"""Raw pixel patches as tokens: standardised latents and k-means codes on one grid, nothing trained.
+
+An image is cut into patch_size x patch_size squares in raster order. The c = patch_size^2 *
+channels numbers of a square are its latent, ordered by row, then column, then channel. The code is
+the nearest of v centroids, as in "color" tokens of Chen et al., Image GPT (2020), section 3.1, but
+for whole patches. Latents lose nothing; codes alone give back the centroid.
+"""
+
+from typing import no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sklearn.cluster
+from jaxtyping import Array, Float, Int
+
+from arcond_jax import types
+
+NUM_RESTARTS = 4  # of k-means; the best inertia is kept
+MIN_STD = 1e-6  # a channel that never changes is only centred
+COVARIANCE_JITTER = 1e-6  # of standardised latents: keeps the Cholesky factor of small codes finite
+
+
+@no_type_check  # as a tree it also holds shapes or shardings where the arrays are
+@flax.struct.dataclass
+class Patches:
+    """The fitted tokenizer, a pytree that is saved with the weights.
+
+    `codebook` holds the k-means centroids; `code_mean` and `code_cholesky` the Gaussian of the
+    training latents of each code (covariance = Cholesky times its transpose). All three are in
+    standardised units.
+    """
+
+    mean: Float[Array, " c"]
+    std: Float[Array, " c"]
+    codebook: Float[Array, "v c"]
+    code_mean: Float[Array, "v c"]
+    code_cholesky: Float[Array, "v c c"]
+    patch_size: int = flax.struct.field(pytree_node=False)
+    image_shape: tuple[int, int, int] = flax.struct.field(pytree_node=False)
+
+    def encode(self, image: Float[Array, "b height width channels"]) -> types.Tokens:
+        """Cuts into latents and looks up the nearest centroid; of equal ones the lowest id."""
+        if image.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"This tokenizer was fitted to images of shape {self.image_shape}, got"
+                f" {image.shape[1:]}: fit one to this dataset."
+            )
+        latents = (_cut(image, self.patch_size) - self.mean) / self.std
+        return types.Tokens(latents=latents, codes=_nearest(latents, self.codebook))
+
+    def decode(self, tokens: types.Tokens) -> Float[Array, "b height width channels"]:
+        """Pastes latents where there are any, else the centroids of the codes.
+
+        A code of v or more shows as NaN; `check_codes` says so before.
+        """
+        latents = tokens.latents
+        if latents is None:
+            if tokens.codes is None:
+                raise ValueError("Tokens hold neither latents nor codes: give one of them.")
+            latents = jnp.take(self.codebook, tokens.codes, axis=0, mode="fill")
+        return _paste(latents * self.std + self.mean, self.patch_size, self.image_shape)
+
+    def check_codes(self, codes: Int[np.ndarray | Array, "b l"]) -> None:
+        """Raises ValueError for ids outside 0 to v - 1; on the host, so never inside jit."""
+        num_codes = len(self.codebook)
+        lowest, highest = int(np.min(codes)), int(np.max(codes))
+        if lowest < 0 or highest >= num_codes:
+            raise ValueError(
+                f"Codes reach from {lowest} to {highest}, this tokenizer has 0 to {num_codes - 1}:"
+                " they belong to another tokenizer."
+            )
+
+
+def fit(
+    image: Float[np.ndarray | Array, "n height width channels"],
+    *,
+    patch_size: int,
+    num_codes: int,
+    seed: int,
+) -> Patches:
+    """Measures one mean and deviation per channel of the patch, then clusters the latents.
+
+    Args:
+      image: The training images, in [-1, 1]; all patches of all of them are clustered at once in
+        float64, about 100 bytes times c each.
+      patch_size: Edge of a square, in pixels; divides height and width.
+      num_codes: Size of the codebook; at most the number of different patches.
+      seed: Of the k-means initialisation.
+
+    Raises:
+      ValueError: For sizes that do not divide, or more codes than different patches.
+    """
+    _, height, width, channels = image.shape
+    image_shape = (height, width, channels)
+    _check_divides(image_shape, patch_size)
+    patches = _cut(np.asarray(image, np.float64), patch_size)
+    patches = patches.reshape(-1, patches.shape[-1])
+    num_distinct = len(np.unique(patches, axis=0))
+    if num_codes > num_distinct:
+        raise ValueError(
+            f"num_codes {num_codes} is more than the {num_distinct} different patches of these"
+            f" images: use at most {num_distinct}."
+        )
+    mean, std = patches.mean(axis=0), patches.std(axis=0)
+    std = np.where(std > MIN_STD, std, 1.0)
+    latents = (patches - mean) / std
+    kmeans = sklearn.cluster.KMeans(
+        num_codes,
+        n_init=NUM_RESTARTS,  # pyright: ignore[reportArgumentType]  # untyped; inferred as str
+        random_state=seed,
+    ).fit(latents)
+    code_mean = np.zeros_like(kmeans.cluster_centers_)
+    code_cholesky = np.zeros((num_codes, latents.shape[1], latents.shape[1]))
+    for code in range(num_codes):
+        members = latents[kmeans.labels_ == code]
+        code_mean[code] = members.mean(axis=0)
+        centred = members - code_mean[code]
+        covariance = centred.T @ centred / len(members)
+        code_cholesky[code] = np.linalg.cholesky(
+            covariance + COVARIANCE_JITTER * np.eye(latents.shape[1])
+        )
+    return Patches(
+        mean=jnp.asarray(mean, jnp.float32),
+        std=jnp.asarray(std, jnp.float32),
+        codebook=jnp.asarray(kmeans.cluster_centers_, jnp.float32),
+        code_mean=jnp.asarray(code_mean, jnp.float32),
+        code_cholesky=jnp.asarray(code_cholesky, jnp.float32),
+        patch_size=patch_size,
+        image_shape=image_shape,
+    )
+
+
+def abstract(image_shape: tuple[int, int, int], *, patch_size: int, num_codes: int) -> Patches:
+    """The shapes of a fitted tokenizer, without data: what a checkpoint is restored into."""
+    _check_divides(image_shape, patch_size)
+    width = patch_size**2 * image_shape[2]
+
+    def zeros() -> Patches:
+        return Patches(
+            mean=jnp.zeros(width),
+            std=jnp.zeros(width),
+            codebook=jnp.zeros((num_codes, width)),
+            code_mean=jnp.zeros((num_codes, width)),
+            code_cholesky=jnp.zeros((num_codes, width, width)),
+            patch_size=patch_size,
+            image_shape=image_shape,
+        )
+
+    return jax.eval_shape(zeros)
+
+
+def _check_divides(image_shape: tuple[int, ...], patch_size: int) -> None:
+    height, width, _ = image_shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size {patch_size} does not divide images of {height}x{width}:"
+            " use a common divisor."
+        )
+
+
+def _cut(image, patch_size: int):
+    """[b, height, width, channels] to [b, l, c], for numpy and JAX arrays alike."""
+    b, height, width, channels = image.shape
+    rows, columns = height // patch_size, width // patch_size
+    squares = image.reshape(b, rows, patch_size, columns, patch_size, channels)
+    return squares.swapaxes(2, 3).reshape(b, rows * columns, patch_size**2 * channels)
+
+
+def _paste(
+    patches: Float[Array, "b l c"], patch_size: int, image_shape: tuple[int, int, int]
+) -> Float[Array, "b height width channels"]:
+    height, width, channels = image_shape
+    rows, columns = height // patch_size, width // patch_size
+    squares = patches.reshape(-1, rows, columns, patch_size, patch_size, channels)
+    return squares.swapaxes(2, 3).reshape(-1, height, width, channels)
+
+
+def _nearest(latents: Float[Array, "b l c"], codebook: Float[Array, "v c"]) -> Int[Array, "b l"]:
+    # |x - y|^2 without |x|^2, which is the same for every code.
+    products = jnp.einsum("blc,vc->blv", latents, codebook, precision="highest")
+    return jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2 * products, axis=-1)

@@ -1,0 +1,96 @@
+"""Everything a run needs to continue: parameters, their average, optimizer, bank, counters."""
+
+from collections.abc import Callable
+from typing import Any, no_type_check
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key, UInt32
+
+from arcond_jax import sharding, types
+
+
+@no_type_check  # jax rebuilds pytrees around shapes, axes and None
+@flax.struct.dataclass
+class TrainState:
+    """One tree, saved and restored as a whole.
+
+    Attributes:
+      step: Updates tried so far, skipped ones included.
+      ema: Exponential average of `params`, float32; what samples and fills the bank.
+      rng: Raw bits of the run's key; a step folds its number in.
+      bank: Bank of ideal conditions; empty until training is done.
+      skipped_in_a_row, skipped: Updates left out because the gradient was not finite.
+    """
+
+    step: Int[Array, ""]
+    params: types.Params
+    ema: types.Params
+    opt_state: Any
+    rng: UInt32[Array, "..."]
+    bank: Any
+    skipped_in_a_row: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+def create(
+    generator: types.Generator,
+    optimizer: optax.GradientTransformation,
+    make_bank: Callable[[], Any],
+    *,
+    seed: int,
+    mesh: Mesh,
+) -> TrainState:
+    """A fresh state, every array born in its shards."""
+    boxed = abstract(generator, optimizer, make_bank, seed=seed)
+    shardings = sharding.tree_shardings(boxed, mesh)
+
+    def init() -> TrainState:
+        return nn.unbox(_init(generator, optimizer, make_bank, jax.random.key(seed)))
+
+    return sharding.on_mesh(init, mesh, out_shardings=shardings)()
+
+
+def abstract(
+    generator: types.Generator,
+    optimizer: optax.GradientTransformation,
+    make_bank: Callable[[], Any],
+    *,
+    seed: int = 0,
+) -> TrainState:
+    """Shapes and logical axes of the state, nothing computed."""
+    return jax.eval_shape(lambda: _init(generator, optimizer, make_bank, jax.random.key(seed)))
+
+
+def abstract_on(boxed: TrainState, mesh: Mesh) -> TrainState:
+    """Shapes with the shardings they have on a mesh, ready to restore into."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        nn.unbox(boxed),
+        sharding.tree_shardings(boxed, mesh),
+    )
+
+
+def _init(
+    generator: types.Generator,
+    optimizer: optax.GradientTransformation,
+    make_bank: Callable[[], Any],
+    rng: Key[Array, ""],
+) -> TrainState:
+    init_rng, run_rng = jax.random.split(rng)
+    params = generator.init(init_rng)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        rng=jax.random.key_data(run_rng),
+        bank=make_bank(),
+        skipped_in_a_row=zero,
+        skipped=zero,
+    )

@@ -1,0 +1,70 @@
+"""Where numbers go while a run is under way: lines of JSON, and TensorBoard if it is installed."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable  # annotations are checked at run time in the tests
+class Writer(Protocol):
+    """Where scalars go; `flush` after each log line, `close` at the end."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line, `{"step": ..., name: value}`; a value that is not finite is null."""
+
+    def __init__(self, path: pathlib.Path, *, resume_at: int) -> None:
+        """Opens the file for appending, after dropping what an interrupted run wrote too much.
+
+        Args:
+          resume_at: Lines of later steps, and a last line cut short, are dropped.
+        """
+        kept = [row for row in read_rows(path) if row["step"] <= resume_at]
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        replacement.replace(path)
+        self._file = path.open("a")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = {
+            name: float(x) if math.isfinite(x) else None for name, x in sorted(scalars.items())
+        }
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+    """The rows of a JSON lines file; none if it does not exist, and no half-written last one."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def make_writers(workdir: pathlib.Path, *, resume_at: int) -> list[Writer]:
+    """JSON lines always; clu's TensorBoard writer where TensorFlow is there to write it."""
+    writers: list[Writer] = [JsonLines(workdir / "metrics.jsonl", resume_at=resume_at)]
+    try:
+        # clu.metric_writers imports TensorFlow, which only the `tensorboard` extra installs.
+        from clu import metric_writers
+    except ImportError:
+        return writers
+    return [*writers, metric_writers.SummaryWriter(str(workdir / "tensorboard"))]

@@ -1,0 +1,103 @@
+"""What every experiment starts from; a config file assigns over it, section by section.
+
+Each section holds the arguments of one constructor, under their own names. A placeholder is None
+until it is set.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.name = ""
+    config.seed = 0
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "digits"
+    config.data.batch_size = 64  # over all devices
+
+    config.tokenizer = ml_collections.ConfigDict()
+    config.tokenizer.name = "patches"
+    config.tokenizer.patch_size = 2
+    config.tokenizer.num_codes = 64
+
+    config.gpt = ml_collections.ConfigDict()
+    config.gpt.depth = 12
+    config.gpt.width = 768
+    config.gpt.num_heads = 12
+    config.gpt.mlp_hidden = config_dict.placeholder(int)  # LlamaGen's rule
+    config.gpt.qk_norm = False
+    config.gpt.remat = "none"
+    config.gpt.unroll = 1
+
+    config.diffusion_head = ml_collections.ConfigDict()
+    config.diffusion_head.depth = 6
+    config.diffusion_head.width = 1024
+
+    config.tensorar = ml_collections.ConfigDict()
+    config.tensorar.window = 1
+    config.tensorar.depth = 2
+    config.tensorar.mlp_ratio = 4
+    config.tensorar.drafts = "masked"
+    config.tensorar.noise = "categorical"
+    config.tensorar.noise_schedule = "exponential"
+    config.tensorar.nested = True
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.w_diffusion = 1.0
+    config.loss.w_tensor = 0.3
+    config.loss.draft_weight = 1.0
+    config.loss.label_dropout = 0.1
+    config.loss.code_dropout = 0.0
+    config.loss.num_copies = 4
+
+    config.training = ml_collections.ConfigDict()
+    config.training.num_train_steps = 1000
+    config.training.num_warmup_steps = 100
+    config.training.learning_rate = 1e-4
+    config.training.decay = "constant"
+    config.training.b1 = 0.9
+    config.training.b2 = 0.95
+    config.training.weight_decay = 0.02
+    config.training.clip_norm = 1.0
+    config.training.ema_decay = 0.9999
+    config.training.num_accumulations = 1
+    config.training.dtype = "float32"
+    config.training.log_every = 50
+    config.training.samples_every = config_dict.placeholder(int)
+    config.training.checkpoint_every = 500
+    config.training.checkpoints_kept = 2
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = config_dict.placeholder(int)  # all devices that are left
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.sampling = ml_collections.ConfigDict()
+    config.sampling.solver = "ancestral"
+    config.sampling.num_head_evaluations = 25
+    config.sampling.warm_start = config_dict.placeholder(float)
+    config.sampling.latent_temperature = 1.0
+    config.sampling.clip_latents = config_dict.placeholder(float)
+    config.sampling.code_temperature = 1.0
+    config.sampling.top_k = config_dict.placeholder(int)
+    config.sampling.top_p = config_dict.placeholder(float)
+    config.sampling.guidance_scale = 1.0
+    config.sampling.guidance_schedule = "constant"
+    config.sampling.drafts = "off"
+    config.sampling.stride = 1
+
+    config.transport = ml_collections.ConfigDict()
+    config.transport.kind = "stored"
+    config.transport.grouping = "class"
+    config.transport.num_atoms = 128
+    config.transport.num_sources = 100  # rows per group in the calibration rollout
+    config.transport.tau = 1.0
+    config.transport.num_jko_steps = 1
+    config.transport.epsilon = 0.1
+    config.transport.debias = True
+    config.transport.num_sinkhorn_iters = 60
+    config.transport.max_move = 3.0
+    config.transport.inverse_weight = 0.0
+    return config

@@ -1,0 +1,17 @@
+"""Eight fake CPU devices for every test; the package itself is not imported here.
+
+Nearly all of a test's time is compilation, so XLA optimises less and keeps what it compiled, for
+child processes too. Not at level 0: with jaxlib 0.10.2 that miscompiles the sampling loop.
+"""
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+)
+_compiled = tempfile.TemporaryDirectory(prefix="compiled_")  # removed at exit
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

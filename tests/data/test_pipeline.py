@@ -1,0 +1,141 @@
+"""Laws of the data order, of the digits split and of the two spellings of an image."""
+
+import hashlib
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from arcond_jax.data import digits, images, pipeline
+
+
+class Numbered:
+    """Item i is a constant image of value i, so that a batch shows which items it holds."""
+
+    num_classes = 2
+    image_shape = (2, 2, 1)
+    label_names = ("even", "odd")
+
+    def __init__(self, length, broken=()):
+        self.length, self.broken = length, broken
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise OSError("truncated file")
+        return {"image": np.full((2, 2, 1), index, np.float32), "label": np.int32(index % 2)}
+
+
+def take(iterator, count):
+    return [batch["image"][:, 0, 0, 0].astype(int) for batch in itertools.islice(iterator, count)]
+
+
+def test_split_is_the_published_one():
+    train, held_out = digits.Digits("train"), digits.Digits("held_out")
+    assert (len(train), len(held_out)) == (1437, 360)
+    digest = hashlib.sha256(held_out.image.tobytes() + held_out.label.tobytes()).hexdigest()
+    assert digest[:16] == "f1120d1202d1ea03"
+    both = np.concatenate([train.label, held_out.label])
+    for label in range(10):  # stratified: each class has its share to within one image
+        share = (both == label).sum() * 360 / 1797
+        assert abs((held_out.label == label).sum() - share) <= 1
+
+
+def test_digits_items():
+    source = digits.Digits("train")
+    item = source[5]
+    assert item["image"].shape == source.image_shape and item["image"].dtype == np.float32
+    assert item["label"].dtype == np.int32
+    assert (source.image.min(), source.image.max()) == (-1.0, 1.0)
+    with pytest.raises(ValueError, match="no split 'test'"):
+        digits.Digits("test")
+
+
+def test_uint8_round_trip():
+    image_uint8 = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    image = images.uint8_to_image(image_uint8)
+    assert (image.min(), image.max(), image.dtype) == (-1.0, 1.0, np.float32)
+    np.testing.assert_array_equal(images.image_to_uint8(image), image_uint8)
+    np.testing.assert_array_equal(images.image_to_uint8(image * 9)[0, 0], 0)
+
+
+def test_each_image_once_an_epoch():
+    taken = np.concatenate(
+        take(pipeline.train_iterator(Numbered(12), global_batch_size=4, seed=0), 6)
+    )
+    assert sorted(taken[:12]) == sorted(taken[12:]) == list(range(12))
+    assert taken[:12].tolist() != taken[12:].tolist() != list(range(12))
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_order_does_not_depend_on_process_count(process_count):
+    # 10 images in batches of 4: batches cross the ends of epochs.
+    def batches(process_index, count):
+        iterator = pipeline.train_iterator(
+            Numbered(10),
+            global_batch_size=4,
+            seed=7,
+            process_index=process_index,
+            process_count=count,
+        )
+        return take(iterator, 6), iterator.get_state()
+
+    alone, state = batches(0, 1)
+    each = [batches(index, process_count) for index in range(process_count)]
+    parts, states = zip(*each, strict=True)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), alone)
+    assert all(other == state == {"next_index": 6} for other in states)
+
+
+def test_process_loads_only_its_rows():
+    order = take(pipeline.train_iterator(Numbered(8), global_batch_size=4, seed=1), 2)
+    others = {int(index) for batch in order for index in batch[2:]}
+    source = Numbered(8, broken=others)
+    first_half = pipeline.train_iterator(
+        source, global_batch_size=4, seed=1, process_count=2, num_threads=0
+    )
+    np.testing.assert_array_equal(take(first_half, 2), [batch[:2] for batch in order])
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_restored_state_continues(num_threads):
+    def start():
+        return pipeline.train_iterator(
+            Numbered(10), global_batch_size=4, seed=3, num_threads=num_threads
+        )
+
+    iterator = start()
+    take(iterator, 3)
+    state = json.loads(json.dumps(iterator.get_state()))
+    resumed = start()
+    resumed.set_state(state)
+    np.testing.assert_array_equal(take(resumed, 4), take(iterator, 4))
+
+
+def test_full_batches_count_each_image_once():
+    batches = list(pipeline.full_batches(Numbered(10), 4))
+    assert [batch["image"].shape[0] for batch in batches] == [4, 4, 4]
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    seen = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
+    np.testing.assert_array_equal(seen[valid], np.arange(10))
+    assert np.isfinite(seen).all()
+
+
+def test_bad_batch_sizes_say_what_to_do():
+    with pytest.raises(ValueError, match="not divisible by 3 processes: use a multiple of 3"):
+        pipeline.train_iterator(Numbered(9), global_batch_size=4, seed=0, process_count=3)
+    with pytest.raises(ValueError, match="does not fit a dataset of 9 images"):
+        pipeline.train_iterator(Numbered(9), global_batch_size=10, seed=0)
+
+
+def test_corrupt_items_are_named():
+    iterator = pipeline.train_iterator(Numbered(4, broken={2}), global_batch_size=4, seed=0)
+    with pytest.raises(ValueError, match=r"Item 2 of Numbered cannot be read \(truncated file\)"):
+        next(iterator)
+    source = Numbered(4)
+    source.image_shape = (2, 2, 3)
+    with pytest.raises(ValueError, match=r"Item 0 of Numbered has image shape \(2, 2, 1\)"):
+        next(pipeline.full_batches(source, 2))

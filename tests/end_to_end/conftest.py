@@ -1,0 +1,32 @@
+"""One tiny run, trained to its end without a stop, that the tests compare with and sample from."""
+
+import pathlib
+import shutil
+
+import pytest
+import tiny
+
+from arcond_jax import run
+
+
+@pytest.fixture(scope="package")
+def finished(tmp_path_factory) -> pathlib.Path:
+    """Never to be written to: copy it with `copy_of`."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert run.train(tiny.config(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """Copies a workdir; `last_step` drops later checkpoints, as if the run had stopped there."""
+
+    def copy(workdir, last_step=None):
+        target = tmp_path / "copy"
+        shutil.copytree(workdir, target)
+        for folder in (target / "checkpoints").iterdir():
+            if last_step is not None and int(folder.name) > last_step:
+                shutil.rmtree(folder)
+        return target
+
+    return copy

@@ -1,0 +1,190 @@
+"""The commands: what a user gets wrong costs one line, exit code 2, and nothing on disk."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+
+from arcond_jax.cli import main
+from arcond_jax.evaluation import samples
+
+
+def flags(*more):
+    return [f"--config.{override}" for override in (*tiny.overrides(), *more)]
+
+
+def train(workdir, *more, config="digits:joint"):
+    return ["train", "--config", config, "--workdir", str(workdir), *flags(*more)]
+
+
+def files_below(folder):
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+def assert_one_line(arguments, capsys, folder, *expected):
+    before = files_below(folder)
+    code = main.main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1 and error.endswith("\n"), error
+    assert error.startswith(f"arcond {arguments[0]}: ")
+    for part in expected:
+        assert part in error
+    assert files_below(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gpt.dept=3", "unknown config key gpt.dept: did you mean gpt.depth?"),
+        ("gpt.depth=deep", "config key gpt.depth wants int, not 'deep'"),
+        ("tensorar.window=0", "tensorar.window 0 must be from 1 to the 16 positions"),
+        ("tensorar.window=17", "tensorar.window 17 must be from 1 to the 16 positions"),
+        ("mesh.fsdp=16", "needs 16 devices, but there are 8"),
+        ("data.batch_size=20", "data.batch_size 20 is not divisible by 8"),
+        ("data.batch_size=1600", "1600 does not fit a dataset of 1437 images"),
+    ],
+)
+def test_train_with_a_wrong_setting(override, message, tmp_path, capsys):
+    assert_one_line(train(tmp_path / "run", override), capsys, tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("digits:big", "digits has no variant 'big': choose one of joint, ar, tensorar, base"),
+        ("nothing.py", "no config file nothing.py: the library comes with base, digits"),
+    ],
+)
+def test_train_without_a_config(config, message, tmp_path, capsys):
+    assert_one_line(train(tmp_path / "run", config=config), capsys, tmp_path, message)
+
+
+def test_train_below_a_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    workdir = tmp_path / "file" / "run"
+    assert_one_line(train(workdir), capsys, tmp_path, "Cannot write to", "file/run")
+
+
+def test_train_where_another_run_is(finished, capsys):
+    assert_one_line(
+        train(finished, "gpt.width=32"), capsys, finished, "gpt.width=16", "the config says 32"
+    )
+
+
+def largest_array_file(folder: pathlib.Path) -> pathlib.Path:
+    return max((p for p in folder.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+# Orbax leaves its other reads unawaited when one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("command", ["train", "sample", "calibrate"])
+def test_truncated_checkpoints(command, finished, copy_of, capsys, tmp_path):
+    workdir = copy_of(finished)
+    path = largest_array_file(workdir / "checkpoints" / "6" / "state")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    arguments = {
+        "train": train(workdir, "training.num_train_steps=8"),
+        "sample": ["sample", "--checkpoint", workdir, "--out", tmp_path / "out.npz"],
+        "calibrate": ["calibrate", "--checkpoint", workdir],
+    }[command]
+    assert_one_line(arguments, capsys, tmp_path, "checkpoint of step 6 in", "is damaged", "delete")
+
+
+def sample(workdir, *more):
+    return ["sample", "--checkpoint", workdir, "--out", workdir / "out.npz", *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--label", "10"], "label 10 is not a class: use 0 to 9"),
+        (["--label", "-1"], "label -1 is not a class: use 0 to 9"),
+        (["--num_images", "0"], "--num_images and --batch_size must be at least 1"),
+        (["--config.sampling.stride=2"], "a stride above 1 needs a model of codes alone"),
+        (["--config.gpt.width=32"], "holds a run with gpt.width=16, the config says 32"),
+        ([], "has no calibrated refiner: run `arcond calibrate --checkpoint"),
+    ],
+)
+def test_sample_with_a_wrong_setting(more, message, finished, capsys):
+    assert_one_line(sample(finished, *more), capsys, finished, message)
+
+
+def test_sample_without_a_checkpoint(tmp_path, capsys):
+    out = ["--out", tmp_path / "out.npz"]
+    arguments = ["sample", "--checkpoint", tmp_path / "nothing", *out]
+    assert_one_line(arguments, capsys, tmp_path, "does not exist: train there first")
+
+
+def test_sample_into_a_missing_folder(finished, capsys):
+    out = ["--out", finished / "missing" / "out.npz"]
+    arguments = ["sample", "--checkpoint", finished, *out]
+    assert_one_line(arguments, capsys, finished, "does not exist: create it first")
+
+
+def test_an_empty_bank_cannot_refine(finished, copy_of, capsys):
+    workdir, message = copy_of(finished, last_step=4), "the bank of step 4 is empty"
+    assert_one_line(["calibrate", "--checkpoint", workdir], capsys, workdir, message)
+    in_batch = sample(workdir, "--config.transport.kind=in_batch")
+    assert_one_line(in_batch, capsys, workdir, message, "finish training, or set transport.kind")
+
+
+def test_nothing_to_calibrate(finished, capsys):
+    arguments = ["calibrate", "--checkpoint", finished, "--config.transport.kind=none"]
+    assert_one_line(arguments, capsys, finished, "transport.kind=none needs no calibration")
+
+
+def test_evaluate_without_samples(finished, tmp_path, capsys):
+    path = tmp_path / "samples.npz"
+    arguments = ["evaluate", "--samples", path, "--checkpoint", finished]
+    assert_one_line(arguments, capsys, tmp_path, str(path))
+    image_uint8 = np.zeros((4, 8, 8, 1), np.uint8)
+    samples.write_samples(path, image_uint8, np.arange(4), num_classes=10)
+    assert_one_line(arguments, capsys, tmp_path, f"{path} does not say how it was sampled")
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_one_line(arguments, capsys, tmp_path, str(path))
+
+
+def test_train_sample_plain(finished, tmp_path, capsys):
+    out = tmp_path / "plain.npz"
+    arguments = ["sample", "--checkpoint", str(finished), "--out", str(out), "--num_images", "16"]
+    arguments += ["--config.transport.kind=none", "--png", str(tmp_path / "sheet.png")]
+    assert main.main(arguments) == 0
+    assert f"16 images: {out}" in capsys.readouterr().out
+    drawn = samples.read_samples(out)
+    assert drawn.image_uint8.shape == (16, 8, 8, 1)
+    assert list(drawn.label) == [*range(10), *range(6)]
+    assert drawn.metadata["refinement"] is None
+    assert drawn.metadata["checkpoint_step"] == 6
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_help_of_a_command_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main.main([command, "--help"])
+    assert raised.value.code == 0
+    assert f"  arcond {command}" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main.main(["--help"])
+    assert raised.value.code == 0
+    shown = capsys.readouterr().out
+    assert set(main.COMMANDS) <= set(shown.split())
+
+
+def test_as_a_program_errors_are_one_line_too(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "arcond_jax", *train(tmp_path / "run", "mesh.fsdp=16")],
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("arcond train: mesh data 1 x fsdp 16")
+    assert files_below(tmp_path) == []

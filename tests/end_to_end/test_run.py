@@ -1,0 +1,197 @@
+"""Laws of a run: stopped, killed or moved to another mesh, it gives the numbers of one that ran on.
+
+Also the bank, filled at the end, and the refiner that is calibrated from it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from arcond_jax import build, checkpoint, run, sharding
+from arcond_jax.training import state as state_lib
+from arcond_jax.training import writer
+from arcond_jax.transport import refiners
+
+# Stands in for the machine's own timing: the signal comes while this batch is put on the mesh.
+INTERRUPTED = """
+import os, signal, sys
+from arcond_jax import sharding
+from arcond_jax.cli import main
+put_batch, count = sharding.put_batch, 0
+def interrupting(batch, mesh):
+    global count
+    count += 1
+    if count == int(sys.argv[2]):
+        os.kill(os.getpid(), int(sys.argv[1]))
+    return put_batch(batch, mesh)
+sharding.put_batch = interrupting
+sys.exit(main.main(sys.argv[3:]))
+"""
+
+
+def train_interrupted(workdir, *, signal_number, at_batch):
+    arguments = ["train", "--config", "digits:joint", "--workdir", str(workdir)]
+    arguments += [f"--config.{override}" for override in tiny.overrides()]
+    return subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(int(signal_number)), str(at_batch), *arguments],
+        capture_output=True,
+        text=True,
+    )
+
+
+def saved_state(workdir, config=None):
+    config = config or tiny.config()
+    with checkpoint.Checkpoints(str(workdir / "checkpoints")) as checkpoints:
+        abstract = state_lib.abstract_on(build.abstract_state(config), build.mesh(config))
+        return checkpoints.restore(abstract).state
+
+
+def rows_without_time(workdir):
+    rows = writer.read_rows(workdir / "metrics.jsonl")
+    assert all(row.pop("steps_per_second") > 0 for row in rows)
+    return rows
+
+
+def assert_same_run(workdir, expected):
+    assert rows_without_time(workdir) == rows_without_time(expected)
+    state, wanted = saved_state(workdir), saved_state(expected)
+    assert int(state.step) == tiny.config().training.num_train_steps
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)
+
+
+def test_stopped_by_sigterm_and_resumed_is_uninterrupted(finished, tmp_path):
+    workdir = tmp_path / "run"
+    stopped = train_interrupted(workdir, signal_number=signal.SIGTERM, at_batch=3)
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"stopped and saved: {workdir}" in stopped.stdout
+    assert [row["step"] for row in writer.read_rows(workdir / "metrics.jsonl")] == [1, 2, 3]
+    assert int(saved_state(workdir).step) == 3
+    assert run.train(tiny.config(), workdir)
+    assert_same_run(workdir, finished)
+
+
+def test_killed_and_restarted_is_uninterrupted(finished, tmp_path):
+    workdir = tmp_path / "run"
+    killed = train_interrupted(workdir, signal_number=signal.SIGKILL, at_batch=5)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert int(saved_state(workdir).step) in (2, 4)  # 4 only if its files were whole by then
+    assert run.train(tiny.config(), workdir)
+    assert_same_run(workdir, finished)
+
+
+def test_resuming_on_other_meshes_continues_the_curve(finished, copy_of, monkeypatch):
+    workdir = copy_of(finished, last_step=2)
+    (workdir / "metrics.jsonl").write_text("")
+    with monkeypatch.context() as patched:
+        one = sharding.make_mesh(devices=jax.devices()[:1])
+        patched.setattr(build, "mesh", lambda config: one)
+        put_batch, count = sharding.put_batch, iter(range(10))
+
+        def interrupting(batch, mesh):
+            if next(count) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return put_batch(batch, mesh)
+
+        patched.setattr(sharding, "put_batch", interrupting)
+        assert not run.train(tiny.config(), workdir)  # steps 3 and 4 on one device
+        state = saved_state(workdir)
+        assert int(state.step) == 4
+        assert len(state.params["final_norm"]["scale"].sharding.device_set) == 1
+    assert run.train(tiny.config(), workdir)  # steps 5 and 6 on eight
+    log, expected = rows_without_time(workdir), rows_without_time(finished)[2:]
+    assert [row["step"] for row in log] == [3, 4, 5, 6]
+    for name in ("loss", "gradient_norm"):
+        # Sums run in another order: a few float32 roundings (1.2e-7) apart.
+        np.testing.assert_allclose(
+            [row[name] for row in log], [row[name] for row in expected], rtol=3e-6
+        )
+
+
+def test_a_completed_run_returns_at_once(finished, monkeypatch):
+    def unexpected(*_):
+        raise AssertionError("a step was compiled")
+
+    before = (finished / "metrics.jsonl").read_text()
+    monkeypatch.setattr(build, "train_step", unexpected)
+    assert run.train(tiny.config(), finished)
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_what_a_run_writes(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert build.flat(build.config_from_dict(config)) == build.flat(tiny.config())
+    assert {path.name for path in finished.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+    }
+    rows = rows_without_time(finished)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "loss_diffusion", "loss_tensor", "learning_rate"} <= rows[0].keys()
+
+
+def test_the_bank_is_filled_when_training_completes(finished):
+    config = tiny.config()
+    before, after = run.restore(finished, step=4), run.restore(finished)
+    assert int(before.bank.count.max()) == 0
+    label = build.source(config, "train").label
+    images_per_class = np.bincount(label, minlength=10)
+    np.testing.assert_array_equal(after.bank.count, np.tile(images_per_class, (16, 1)))
+    written = np.any(np.asarray(after.bank.atoms) != 0.0, axis=-1).sum(axis=-1)
+    np.testing.assert_array_equal(
+        written, np.tile(np.minimum(images_per_class, config.transport.num_atoms), (16, 1))
+    )
+
+    # The atoms of a class are the conditions of its last images.
+    cond, of_label = run.conditions(after, "train")
+    last = cond[of_label == 7][-32:, 5]
+    np.testing.assert_allclose(
+        np.sort(np.asarray(after.bank.atoms[5, 7]), axis=0), np.sort(last, axis=0), atol=1e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def calibrated(finished, tmp_path_factory):
+    """The trained model, a folder with its calibrated refiner, and the refiner itself."""
+    trained, folder = run.restore(finished), tmp_path_factory.mktemp("calibrated")
+    refiner = run.calibrate(trained)
+    run.save_refiner(trained, folder, trained.config, refiner)
+    return trained, folder, refiner
+
+
+def test_a_refiner_on_disk_is_the_one_calibrated(calibrated):
+    trained, folder, refiner = calibrated
+    loaded = run.load_refiner(trained, folder, trained.config)
+    jax.tree.map(np.testing.assert_array_equal, loaded, refiner)
+    drawer, label = run.Drawer(trained), np.arange(16, dtype=np.int32) % 10
+    images = [drawer.images(r, label, seed=0) for r in (refiner, loaded)]
+    np.testing.assert_array_equal(*images)
+    assert np.any(images[0] != drawer.images(refiners.Identity(), label, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.code_temperature=0.5", r"with sampling\.code_temperature=1\.0, not 0\.5"),
+        ("transport.tau=3.0", r"with transport\.tau=1\.0, not 3\.0"),
+        ("transport.kind=bures", r"with transport\.kind=stored, not bures"),
+    ],
+)
+def test_a_refiner_for_another_sampler_is_refused(calibrated, override, message):
+    trained, folder, _ = calibrated
+    with pytest.raises(build.ConfigError, match=message) as raised:
+        run.load_refiner(trained, folder, tiny.config("joint", override))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_refiner_of_another_step_is_refused(calibrated, finished):
+    trained, folder, _ = calibrated
+    with pytest.raises(build.ConfigError, match="with checkpoint step=6, not 4"):
+        run.load_refiner(run.restore(finished, step=4), folder, trained.config)

@@ -1,0 +1,87 @@
+"""Samples files: whole or absent, and refused in one line when wrong."""
+
+import numpy as np
+import pytest
+
+from arcond_jax.evaluation import samples
+
+IMAGE = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4, 1)
+LABEL = np.array([0, 2, 1])
+
+
+def test_round_trip_with_metadata(tmp_path):
+    path = tmp_path / "out.samples"
+    samples.write_samples(path, IMAGE, LABEL, num_classes=3, seed=5, guidance={"scale": 1.5})
+    read = samples.read_samples(path)
+    np.testing.assert_array_equal(read.image_uint8, IMAGE)
+    np.testing.assert_array_equal(read.label, LABEL)
+    assert read.num_classes == 3
+    assert read.metadata == {"seed": 5, "guidance": {"scale": 1.5}}
+    assert [file.name for file in tmp_path.iterdir()] == ["out.samples"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "samples.npz"
+    samples.write_samples(path, IMAGE, LABEL, num_classes=3)
+    before = path.read_bytes()
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="disk full"):
+        samples.write_samples(path, IMAGE, LABEL, num_classes=3)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "message"),
+    [
+        (IMAGE.astype(np.float32), LABEL, "images must be uint8 .*, got float32"),
+        (IMAGE[..., 0], LABEL, r"got uint8 \[3, 4, 4\]"),
+        (IMAGE, LABEL[:2], r"3 images need as many integer labels, got int64 \[2\]"),
+        (IMAGE, LABEL.astype(np.float32), "integer labels, got float32"),
+        (IMAGE, np.array([0, 1, 3]), r"label 3 at row 2 is outside \[0, 3\)"),
+        (IMAGE, np.array([0, -1, 2]), r"label -1 at row 1"),
+    ],
+)
+def test_wrong_arrays_are_refused_on_both_sides(tmp_path, image, label, message):
+    path = tmp_path / "samples.npz"
+    with pytest.raises(ValueError, match=message):
+        samples.write_samples(path, image, label, num_classes=3)
+    assert not path.exists()
+    np.savez(path, image_uint8=image, label=label, num_classes=3, metadata="{}")
+    with pytest.raises(ValueError, match=message) as error:
+        samples.read_samples(path)
+    assert "\n" not in str(error.value)
+
+
+def test_metadata_that_json_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot be written as JSON"):
+        samples.write_samples(tmp_path / "x", IMAGE, LABEL, num_classes=3, model=object())
+
+
+def test_missing_truncated_and_foreign_files(tmp_path):
+    path = tmp_path / "samples.npz"
+    with pytest.raises(FileNotFoundError, match="no such samples file"):
+        samples.read_samples(path)
+    samples.write_samples(path, IMAGE, LABEL, num_classes=3)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="not a whole samples file"):
+        samples.read_samples(path)
+    samples.write_samples(path, IMAGE, LABEL, num_classes=3)
+    path.write_bytes(path.read_bytes().replace(IMAGE.tobytes(), bytes(IMAGE.size)))
+    with pytest.raises(ValueError, match="not a whole samples file: Bad CRC-32"):
+        samples.read_samples(path)
+    path.write_text("image,label")
+    with pytest.raises(ValueError, match="not a whole samples file"):
+        samples.read_samples(path)
+    with path.open("wb") as file:
+        np.save(file, IMAGE)
+    with pytest.raises(ValueError, match="not a whole samples file"):
+        samples.read_samples(path)
+    np.savez(path, images=IMAGE)
+    with pytest.raises(ValueError, match="lacks image_uint8, label, metadata, num_classes"):
+        samples.read_samples(path)

@@ -1,0 +1,177 @@
+"""Laws of sharding: every mesh computes what one device computes, and really is used."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+
+from arcond_jax import build, run, sharding
+from arcond_jax.transport import refiners
+
+MESHES = {
+    "one device": None,
+    "data=8": dict(data=8),
+    "fsdp=8": dict(fsdp=8),
+    "data=2 fsdp=2 tensor=2": dict(data=2, fsdp=2, tensor=2),
+}
+
+
+def make_mesh(name):
+    if MESHES[name] is None:
+        return sharding.make_mesh(devices=jax.devices()[:1])
+    return sharding.make_mesh(**MESHES[name])
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny.config()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(config):
+    return build.tokenizer(config)
+
+
+@pytest.fixture(scope="module")
+def first_state(config):
+    """A fresh state on one device, copied to the host."""
+    return jax.tree.map(np.array, build.train_state(config, make_mesh("one device")))
+
+
+def place(state, config, mesh):
+    return jax.device_put(state, sharding.tree_shardings(build.abstract_state(config), mesh))
+
+
+def three_steps(config, tokenizer, state, mesh):
+    step_fn = build.train_step(config, mesh, tokenizer)
+    batch = sharding.put_batch(tiny.batch(config), mesh)
+    state, log = place(state, config, mesh), []
+    for _ in range(3):
+        state, metrics = step_fn(state, tokenizer, batch)
+        log.append([float(metrics[name]) for name in ("loss", "gradient_norm")])
+    return state, np.array(log)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(config, tokenizer, first_state):
+    return three_steps(config, tokenizer, first_state, make_mesh("one device"))
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_three_steps_are_those_of_one_device(name, config, tokenizer, first_state, on_one_device):
+    state, log = three_steps(config, tokenizer, first_state, make_mesh(name))
+    # Sums run in another order: a few float32 roundings (1.2e-7) apart.
+    np.testing.assert_allclose(log, on_one_device[1], rtol=3e-6)
+    # Still where they were put: the update gathers nothing for good.
+    qkv = state.params["trunk"]["blocks"]["qkv"]["kernel"]
+    assert qkv.addressable_shards[0].data.size * num_pieces(name) == qkv.size
+
+
+def num_pieces(name):
+    return int(np.prod([MESHES[name].get(axis, 1) for axis in ("fsdp", "tensor")]))
+
+
+def test_states_are_born_in_their_shards(config, first_state):
+    mesh = make_mesh("data=2 fsdp=2 tensor=2")
+    state = build.train_state(config, mesh)
+    jax.tree.map(np.testing.assert_array_equal, state.params, first_state.params)
+    blocks = state.params["trunk"]["blocks"]
+    adam = [x for x in jax.tree.leaves(state.opt_state, is_leaf=is_moments) if is_moments(x)]
+    for tree in (blocks, state.ema["trunk"]["blocks"], adam[0].mu["trunk"]["blocks"]):
+        shapes = {
+            name: (leaf.shape, leaf.addressable_shards[0].data.shape)
+            for name, leaf in (
+                ("qkv", tree["qkv"]["kernel"]),
+                ("up", tree["mlp"]["Linear_0"]["kernel"]),
+                ("down", tree["mlp"]["Linear_1"]["kernel"]),
+                ("scale", tree["mlp_norm"]["scale"]),
+            )
+        }
+        assert shapes == {
+            "qkv": ((1, 16, 2, 3, 8), (1, 8, 1, 3, 8)),
+            "up": ((1, 16, 2, 32), (1, 8, 2, 16)),
+            "down": ((1, 32, 16), (1, 16, 8)),
+            "scale": ((1, 16), (1, 8)),
+        }
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {8}
+
+
+def is_moments(x):
+    return hasattr(x, "mu")
+
+
+def test_every_parameter_names_each_of_its_axes_once(config):
+    params = build.abstract_state(config).params
+    names = dict(sharding.RULES)
+    boxes = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )[0]
+    for path, box in boxes:
+        where = jax.tree_util.keystr(path)
+        assert isinstance(box, nn.LogicallyPartitioned), where
+        assert len(box.names) == box.value.ndim, where
+        assert set(box.names) - {None} <= set(names), where
+        used = [names[name] for name in box.names if name and names[name]]
+        assert len(used) == len(set(used)), where  # no mesh axis cuts an array twice
+        if box.value.size >= 16 * 16:
+            assert used, f"{where} is large and whole on every device"
+
+
+def test_axes_that_do_not_divide_stay_whole():
+    mesh = make_mesh("data=2 fsdp=2 tensor=2")
+    spec = PartitionSpec(("data", "fsdp"), "tensor")
+    assert sharding.fit_spec(spec, (8, 4, 3), mesh) == PartitionSpec(
+        ("data", "fsdp"), "tensor", None
+    )
+    assert sharding.fit_spec(spec, (6, 4), mesh) == PartitionSpec(None, "tensor")
+    assert sharding.fit_spec(spec, (4, 3), mesh) == PartitionSpec(("data", "fsdp"), None)
+    assert sharding.num_batch_shards(mesh) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["mesh.data=16"], "mesh data 16 x fsdp 1 x tensor 1 needs 16 devices, but there are 8"),
+        (["mesh.fsdp=16"], "mesh data 1 x fsdp 16 x tensor 1 needs 16 devices, but there are 8"),
+        (["mesh.data=2"], "mesh data 2 x fsdp 1 x tensor 1 needs 2 devices, but there are 8"),
+        (["mesh.fsdp=0"], "mesh.fsdp 0 must be at least 1"),
+        (["data.batch_size=12"], "data.batch_size 12 is not divisible by 8"),
+        (["data.batch_size=24", "training.num_accumulations=2"], "is not divisible by 16"),
+    ],
+)
+def test_meshes_that_cannot_be_end_in_one_line(overrides, message):
+    with pytest.raises(build.ConfigError, match=message) as raised:
+        build.mesh(tiny.config("joint", *overrides))
+    assert "\n" not in str(raised.value)
+
+
+def test_images_are_the_same_on_one_device_and_eight(config, tokenizer, first_state):
+    # The fresh model gives every code the same chance, so equal images are no accident of
+    # confident heads.
+    label = np.arange(16, dtype=np.int32) % 10
+    drawn = []
+    for name in ("one device", "data=8", "data=2 fsdp=2 tensor=2"):
+        mesh = make_mesh(name)
+        state = place(first_state, config, mesh)
+        trained = run.Trained(config, mesh, tokenizer, state.ema, state.bank, 0)
+        drawn.append(run.Drawer(trained).images(refiners.Identity(), label, seed=3))
+    assert drawn[0].shape == (16, 8, 8, 1)
+    assert len(np.unique(drawn[0].reshape(16, -1), axis=0)) == 16
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+
+
+def test_a_batch_that_does_not_divide_is_drawn_whole(config, tokenizer, first_state):
+    mesh = make_mesh("data=8")
+    state = place(first_state, config, mesh)
+    trained = run.Trained(config, mesh, tokenizer, state.ema, state.bank, 0)
+    drawer, label = run.Drawer(trained), np.arange(8, dtype=np.int32)
+    whole = drawer.images(refiners.Identity(), label, seed=3)
+    pieces = drawer.images(refiners.Identity(), label, seed=3, batch_size=3)
+    np.testing.assert_array_equal(whole, pieces)
+    other = run.Drawer(dataclasses.replace(trained)).images(refiners.Identity(), label, seed=4)
+    assert np.any(whole != other)

@@ -1,0 +1,177 @@
+"""From config files to objects: what they hold, how they are overridden, and how they fail.
+
+Every variant of the digits config is kept in `golden/configs/`, so that a change shows in review.
+After a change on purpose: `python tests/test_build.py`.
+"""
+
+import json
+import pathlib
+
+import flax.linen as nn
+import jax
+import pytest
+import tiny
+
+from arcond_jax import build
+from arcond_jax.sampling import causal, stride
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
+VARIANTS = ("joint", "ar", "tensorar", "base")
+
+
+def dump(variant):
+    return json.dumps(build.load_config(f"digits:{variant}").to_dict(), indent=2) + "\n"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_configs_are_the_golden_ones(variant):
+    golden = json.loads((GOLDEN / f"digits_{variant}.json").read_text())
+    now = json.loads(dump(variant))
+    assert now == golden, "if this is on purpose, run `python tests/test_build.py` and commit"
+
+
+def test_the_default_variant_is_joint():
+    assert build.load_config("digits") == build.load_config("configs/digits.py:joint")
+
+
+def test_a_config_survives_json():
+    config = tiny.config("joint", "sampling.warm_start=None", "mesh.data=2")
+    saved = json.loads(json.dumps(config.to_dict()))
+    assert build.flat(build.config_from_dict(saved)) == build.flat(config)
+    saved["gpt"]["dept"] = saved["gpt"].pop("depth")
+    with pytest.raises(build.ConfigError, match=r"of another version: it differs in gpt\.dept"):
+        build.config_from_dict(saved)
+
+
+def test_overrides():
+    config = build.load_config(
+        "digits:ar",
+        [
+            "training.learning_rate=1",  # an integer will do for a float
+            "gpt.mlp_hidden=None",  # a placeholder may be None
+            "sampling.top_k=5",  # and hold what it was made for
+            "sampling.solver=ddim",  # a bare word is a string
+            "gpt.qk_norm=True",
+        ],
+    )
+    assert (config.training.learning_rate, config.gpt.mlp_hidden) == (1.0, None)
+    assert type(config.training.learning_rate) is float
+    assert (config.sampling.top_k, config.sampling.solver) == (5, "ddim")
+    assert config.gpt.qk_norm is True
+
+
+WRONG_OVERRIDES = {
+    "gpt.dept=3": r"unknown config key gpt\.dept: did you mean gpt\.depth\?",
+    "qqqqqq=3": r"unknown config key qqqqqq: sections are data, diffusion_head, gpt",
+    "gpt=3": r"config key gpt wants ConfigDict, not '3'",
+    "gpt.depth.more=3": r"unknown config key gpt\.depth\.more: did you mean gpt\.depth\?",
+    "gpt.depth=three": r"config key gpt\.depth wants int, not 'three'",
+    "gpt.depth=3.0": r"config key gpt\.depth wants int, not '3\.0'",
+    "gpt.depth=True": r"config key gpt\.depth wants int, not 'True'",
+    "gpt.depth=None": r"config key gpt\.depth wants int, not 'None'",
+    "gpt.depth": r"config key gpt\.depth wants int, not ''",
+    "gpt.qk_norm=1": r"config key gpt\.qk_norm wants bool, not '1'",
+    "sampling.top_k=0.5": r"config key sampling\.top_k wants int or None, not '0\.5'",
+    "data.name=imagenet": r"data\.name 'imagenet' is not one of digits",
+    "tokenizer.name=vq": r"tokenizer\.name 'vq' is not one of patches",
+    "training.dtype=float16": r"training\.dtype 'float16' is not one of float32, bfloat16",
+    "transport.kind=exact": r"transport\.kind 'exact' is not one of none, stored, bures, in_batch",
+    "gpt.remat=some": r"gpt\.remat 'some' is not one of none, full, dots",
+    "data.batch_size=0": r"data\.batch_size 0 must be at least 1",
+    "gpt.depth=0": r"gpt\.depth 0 must be at least 1",
+    "gpt.num_heads=3": r"gpt\.width 64 is not divisible by gpt\.num_heads 3",
+    "tensorar.window=0": r"tensorar\.window 0 must be from 1 to the 16 positions",
+    "tensorar.window=17": r"tensorar\.window 17 must be from 1 to the 16 positions",
+    "tensorar.drafts=some": r"drafts 'some' is not one of masked, noised, random",
+    "tensorar.noise_schedule=up": r"noise_schedule 'up' is not one of",
+    "loss.w_tensor=-1": r"loss\.w_diffusion 1\.0 and loss\.w_tensor -1\.0 must not be negative",
+    "training.num_accumulations=3": r"training\.num_accumulations 3 does not divide data\.batch",
+    "training.decay=square": r"decay 'square' is not one of constant, linear, cosine",
+    "training.num_warmup_steps=2000": r"num_warmup_steps 2000 is more than num_train_steps 1200",
+    "sampling.solver=heun": r"unknown solver 'heun': choose one of ancestral, ddim",
+    "sampling.code_temperature=0": r"code_temperature 0\.0 must be positive",
+    "sampling.drafts=on": r"drafts 'on' is not one of off, draw, feed",
+    "transport.epsilon=0": r"epsilon is 0\.0; set it to a finite number > 0",
+    "transport.grouping=row": r"transport\.grouping 'row' is not one of class, shared",
+}
+
+
+@pytest.mark.parametrize("override", WRONG_OVERRIDES)
+def test_wrong_overrides_end_in_one_line(override):
+    with pytest.raises(build.ConfigError, match=WRONG_OVERRIDES[override]) as raised:
+        build.load_config("digits", [override])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nothing", r"no config file nothing: the library comes with base, digits"),
+        ("configs/nothing.py:joint", r"no config file configs/nothing\.py: the library comes"),
+        ("digits:big", r"digits: digits has no variant 'big': choose one of joint, ar, tensorar"),
+    ],
+)
+def test_missing_configs_end_in_one_line(path, message):
+    with pytest.raises(build.ConfigError, match=message) as raised:
+        build.load_config(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_config_files_may_be_anywhere(tmp_path):
+    path = tmp_path / "configs" / "mine.py"
+    path.parent.mkdir()
+    path.write_text(
+        "from configs import base\n"
+        "def get_config():\n"
+        "    config = base.get_config()\n"
+        "    config.name = 'mine'\n"
+        "    return config\n"
+    )
+    assert build.load_config(str(path)).name == "mine"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_has_only_the_parts_it_trains(variant):
+    params = nn.unbox(build.abstract_state(tiny.config(variant)).params)
+    has_latents, has_codes = variant in ("joint", "ar"), variant != "ar"
+    assert ("denoiser" in params, "latent_in" in params) == (has_latents, has_latents)
+    assert ("code_embed" in params, "code_head" in params) == (has_codes, has_codes)
+    assert ("code_cond" in params) == (variant == "joint")
+    assert ("window_decoder" in params) == (variant in ("joint", "tensorar"))
+
+
+def test_bank_and_tokenizer_have_the_shapes_of_the_config():
+    config = tiny.config()
+    bank = jax.eval_shape(lambda: build.empty_bank(config))
+    assert bank.atoms.shape == (16, 10, 32, 16)
+    config.transport.grouping = "shared"
+    assert jax.eval_shape(lambda: build.empty_bank(config)).atoms.shape == (16, 1, 32, 16)
+    fitted, abstract = build.tokenizer(config), build.abstract_tokenizer(config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), fitted) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), abstract
+    )
+
+
+def test_the_noise_of_a_codebook_needs_the_fitted_tokenizer():
+    config = tiny.config("joint", "tensorar.noise=codebook")
+    assert build.abstract_state(config).params  # shapes do not
+    fitted = build.tokenizer(config)
+    assert build.generator(config, fitted).codebook.shape == (8, 4)
+    with pytest.raises(ValueError, match="needs the tokenizer's codebook"):
+        build.generator(config)
+
+
+def test_sampling_loops():
+    config = tiny.config()
+    loop = build.sampler(config)
+    assert isinstance(loop, causal.CausalSampler) and loop.warm
+    assert loop.solver.num_evaluations == 1
+    assert build.sampler(tiny.config("base")).solver is None
+    assert isinstance(
+        build.sampler(tiny.config("tensorar", "sampling.stride=2")), stride.StrideSampler
+    )
+
+
+if __name__ == "__main__":
+    for name in VARIANTS:
+        (GOLDEN / f"digits_{name}.json").write_text(dump(name))

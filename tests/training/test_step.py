@@ -1,0 +1,299 @@
+"""Laws of an update: it learns, averages, clips, and leaves everything alone on a bad gradient."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from arcond_jax import build, sharding, types
+from arcond_jax.training import loop, optimizer, step
+from arcond_jax.training import state as state_lib
+
+
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def assert_same_bits(tree, expected):
+    jax.tree.map(np.testing.assert_array_equal, tree, expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A compiled step with what it needs."""
+
+    config: build.Config
+    state: state_lib.TrainState  # on the host: the step takes its own copy
+    step_fn: object
+    tokenizer: object
+
+    def __call__(self, state, batch):
+        # Always in the same places, or the step would be traced anew.
+        state, batch = jax.device_put((state, batch), sharding.replicated(one_device()))
+        return self.step_fn(state, self.tokenizer, batch)
+
+
+@functools.cache
+def fitted_tokenizer():
+    return build.tokenizer(tiny.config())
+
+
+def make_run(variant, *overrides):
+    config, mesh = tiny.config(variant, *overrides), one_device()
+    tokenizer = fitted_tokenizer()
+    return Run(
+        config,
+        host(build.train_state(config, mesh)),
+        build.train_step(config, mesh, tokenizer),
+        tokenizer,
+    )
+
+
+@pytest.fixture(scope="module")
+def joint():
+    return make_run("joint")
+
+
+def loss_before_and_after(run, num_steps):
+    """On one batch and with the noise of step 0 both times."""
+    batch = tiny.batch(run.config)
+    state, metrics = run(run.state, batch)
+    before = float(metrics["loss"])
+    for _ in range(num_steps - 1):
+        state, _ = run(state, batch)
+    after = float(run(state.replace(step=np.int32(0)), batch)[1]["loss"])
+    return before, after
+
+
+@pytest.mark.parametrize(
+    ("variant", "share"), [("joint", 0.9), ("ar", 0.95), ("tensorar", 0.9), ("base", 0.9)]
+)
+def test_loss_falls_in_20_steps(request, variant, share):
+    run = request.getfixturevalue("joint") if variant == "joint" else make_run(variant)
+    before, after = loss_before_and_after(run, 20)
+    assert after < share * before
+
+
+def test_bfloat16_trains_float32_parameters():
+    run = make_run("ar", "training.dtype=bfloat16")
+    state, metrics = run(run.state, tiny.batch(run.config))
+    assert np.isfinite(float(metrics["loss"]))
+    assert float(metrics["gradient_norm"]) > 0.0
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema))} == {
+        jnp.dtype("float32")
+    }
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(joint):
+    good = tiny.batch(joint.config)
+    bad = good.replace(image=np.where(np.arange(16)[:, None, None, None] == 3, np.nan, good.image))
+    state, _ = joint(joint.state, good)  # moments are no longer zero
+    before = host(state)
+    state, metrics = joint(state, bad)
+    for name in ("params", "ema", "opt_state", "bank", "rng"):
+        assert_same_bits(getattr(state, name), getattr(before, name))
+    assert (int(state.step), int(state.skipped_in_a_row), int(state.skipped)) == (2, 1, 1)
+    assert float(metrics["skipped_updates"]) == 1.0
+    assert not np.isfinite(float(metrics["gradient_norm"]))
+
+    state, _ = joint(state, bad)
+    assert (int(state.skipped_in_a_row), int(state.skipped)) == (2, 2)
+    state, _ = joint(state, good)
+    assert (int(state.step), int(state.skipped_in_a_row), int(state.skipped)) == (4, 0, 2)
+    assert np.any(state.params["final_norm"]["scale"] != before.params["final_norm"]["scale"])
+
+
+class Repeated:
+    """The same batch for ever."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __next__(self):
+        return self.batch
+
+
+def run_loop(run, batch, workdir, num_train_steps):
+    saved = []
+    result = loop.train(
+        jax.tree.map(jnp.asarray, run.state),
+        Repeated(batch),
+        step_fn=run,
+        num_train_steps=num_train_steps,
+        intervals=loop.Intervals(log=1, samples=None, checkpoint=100),
+        save=lambda step, state: saved.append(step),
+        draw_samples=lambda step, state: None,
+        workdir=workdir,
+    )
+    return result, saved
+
+
+def test_ten_bad_gradients_in_a_row_stop_the_loop(joint, tmp_path, capsys):
+    good = tiny.batch(joint.config)
+    bad = good.replace(image=np.full_like(good.image, np.nan))
+    with pytest.raises(loop.DivergedError) as raised:
+        run_loop(joint, bad, tmp_path, 100)
+    message = str(raised.value)
+    assert message.startswith("10 gradients in a row were not finite, the last at step 10")
+    assert "training.learning_rate" in message
+    assert "\n" not in message
+
+    (state, complete), saved = run_loop(joint, good, tmp_path, 3)
+    assert complete and int(state.step) == 3 and saved == []
+    assert "step 3/3  loss" in capsys.readouterr().out
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """A generator whose gradient is known: least squares, with or without noise on the target."""
+
+    noise: float = 0.0
+
+    def init(self, rng):
+        return {"kernel": jnp.arange(4.0)}
+
+    def loss(self, params, tokens, label, rng):
+        target = label + self.noise * jax.random.normal(rng, label.shape)
+        loss = jnp.mean((tokens.latents[:, 0] @ params["kernel"] - target) ** 2)
+        return loss, {"loss": loss}
+
+
+@flax.struct.dataclass
+class Identity:
+    """A tokenizer for images that are tokens already."""
+
+    def encode(self, image):
+        return types.Tokens(latents=image[:, 0])
+
+    def decode(self, tokens):
+        return tokens.latents[:, None]
+
+
+REGRESSION_BATCH = types.Batch(
+    image=jax.random.normal(jax.random.key(1), (8, 1, 1, 4)), label=jnp.arange(8) % 3
+)
+
+
+def regression_step(generator, update, *, ema_decay=0.0, num_accumulations=1):
+    state = state_lib.create(generator, update, lambda: None, seed=0, mesh=one_device())
+    step_fn = step.make_train_step(
+        generator,
+        update,
+        optax.constant_schedule(1.0),
+        ema_decay=ema_decay,
+        num_accumulations=num_accumulations,
+    )
+    after, metrics = jax.jit(step_fn)(state, Identity(), REGRESSION_BATCH)
+    return state, after, metrics
+
+
+def regression_gradient(generator, params, rng, rows=slice(None)):
+    part = jax.tree.map(lambda x: x[rows], REGRESSION_BATCH)
+    tokens = Identity().encode(part.image)
+    return jax.grad(lambda p: generator.loss(p, tokens, part.label, rng)[0])(params)["kernel"]
+
+
+def test_accumulation_is_the_mean_of_the_gradients_of_the_pieces():
+    generator = Regression(noise=1.0)
+    state, after, metrics = regression_step(generator, optax.sgd(1.0), num_accumulations=4)
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), 0)
+    pieces = [
+        regression_gradient(generator, state.params, jax.random.fold_in(rng, i), slice(i, None, 4))
+        for i in range(4)
+    ]
+    expected = sum(pieces) / 4
+    np.testing.assert_allclose(
+        state.params["kernel"] - after.params["kernel"], expected, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(metrics["gradient_norm"], jnp.linalg.norm(expected), rtol=1e-5)
+
+
+def test_accumulation_without_noise_is_the_whole_batch():
+    whole, pieces = (
+        regression_step(Regression(), optax.sgd(1.0), num_accumulations=n)[1:] for n in (1, 2)
+    )
+    np.testing.assert_allclose(whole[0].params["kernel"], pieces[0].params["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(whole[1]["loss"], pieces[1]["loss"], rtol=1e-6)
+
+
+def test_the_average_moves_towards_the_new_parameters():
+    state, after, _ = regression_step(Regression(), optax.sgd(0.1), ema_decay=0.75)
+    expected = 0.75 * state.ema["kernel"] + 0.25 * after.params["kernel"]
+    np.testing.assert_allclose(after.ema["kernel"], expected, rtol=1e-6)
+    assert np.any(after.params["kernel"] != state.params["kernel"])
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(3)}
+    grads = jax.tree.map(lambda x: 100.0 * x, params)
+    options = dict(b1=0.9, b2=0.95, weight_decay=0.0)
+    rate = optax.constant_schedule(1.0)
+
+    def first_moment(clip_norm):
+        update = optimizer.adamw(rate, clip_norm=clip_norm, **options)
+        _, opt_state = update.update(grads, update.init(params), params)
+        return optax.tree.get(opt_state, "mu")
+
+    clipped, free = (optax.tree.norm(first_moment(clip)) / (1 - 0.9) for clip in (2.0, None))
+    np.testing.assert_allclose(clipped, 2.0, rtol=1e-5)
+    np.testing.assert_allclose(free, 100.0 * np.sqrt(7.0), rtol=1e-5)
+
+
+def test_weight_decay_leaves_out_vectors_even_where_layers_are_stacked():
+    config = tiny.config("joint", "gpt.depth=3", "gpt.qk_norm=True", "training.weight_decay=0.5")
+    generator, (update, _) = build.generator(config), build.optimizer(config)
+    shapes = nn.unbox(jax.eval_shape(generator.init, jax.random.key(0)))
+
+    @jax.jit
+    def first_update():
+        params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return update.update(zeros, update.init(params), params)[0]
+
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): bool(np.any(leaf))
+        for path, leaf in jax.tree_util.tree_flatten_with_path(first_update())[0]
+    }
+    vectors = {"scale", "bias", "gain"}
+    matrices = {"kernel", "table", "head_position", "position", "queries"}
+    assert {name.split("/")[-1] for name in moved} == vectors | matrices
+    assert {name for name, decayed in moved.items() if decayed} == {
+        name for name in moved if name.split("/")[-1] in matrices
+    }
+
+
+def test_learning_rate_at_its_corners():
+    def curve(decay, num_warmup_steps=10):
+        return optimizer.learning_rate(
+            2.0, num_train_steps=50, num_warmup_steps=num_warmup_steps, decay=decay
+        )
+
+    for decay in optimizer.DECAYS:
+        rate = curve(decay)
+        np.testing.assert_allclose(rate(0), 0.2, rtol=1e-6)  # the first update already moves
+        np.testing.assert_allclose(rate(10), 2.0, rtol=1e-6)
+        assert np.all(np.diff([rate(i) for i in range(11)]) > 0)
+        np.testing.assert_allclose(curve(decay, 0)(0), 2.0, rtol=1e-6)
+    ends = {decay: (float(curve(decay)(30)), float(curve(decay)(50))) for decay in optimizer.DECAYS}
+    np.testing.assert_allclose(ends["constant"], (2.0, 2.0))
+    np.testing.assert_allclose(ends["linear"], (1.0, 0.0), atol=1e-6)
+    np.testing.assert_allclose(ends["cosine"], (1.0, 0.0), atol=1e-6)
+    assert float(curve("cosine")(20)) > float(curve("linear")(20))
+
+
+def test_learning_rate_errors():
+    with pytest.raises(ValueError, match="decay 'square' is not one of constant, linear, cosine"):
+        optimizer.learning_rate(1.0, num_train_steps=2, num_warmup_steps=0, decay="square")
+    with pytest.raises(ValueError, match="num_warmup_steps 3 is more than num_train_steps 2"):
+        optimizer.learning_rate(1.0, num_train_steps=2, num_warmup_steps=3, decay="linear")
