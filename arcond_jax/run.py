@@ -41,6 +41,7 @@ FREE_KEYS = (
 )
 BANK_KEYS = ("transport.num_atoms", "transport.grouping")  # the rest of `transport` is free too
 CALIBRATION_SEED = 1000  # apart from the small seeds people sample with
+SAMPLES_PER_CLASS = 10  # on the sheets drawn while training
 
 Show = Callable[[int, UInt8[np.ndarray, "n height width channels"], np.ndarray], None]
 
@@ -73,22 +74,8 @@ def train(config: build.Config, workdir: pathlib.Path, *, show: Show | None = No
         every=config.training.checkpoint_every,
         keep=config.training.checkpoints_kept,
     ) as checkpoints:
-
-        def save(step: int, state: Any, *, force: bool = True) -> None:
-            checkpoints.save(
-                step,
-                state=state,
-                tokenizer=tokenizer,
-                data=iterator.get_state(),
-                config=config.to_dict(),
-                force=force,
-            )
-
         if checkpoints.latest_step() is None:
-            tokenizer = build.tokenizer(config)
-            state = build.train_state(config, mesh)
-            # Before the first step: the fitted tokenizer never has to be fitted again.
-            save(0, state)
+            state, tokenizer = build.train_state(config, mesh), build.tokenizer(config)
         else:
             _check_same_run(config, checkpoints.config(), workdir)
             abstract_state, abstract_tokenizer = _abstract(config, mesh)
@@ -98,22 +85,35 @@ def train(config: build.Config, workdir: pathlib.Path, *, show: Show | None = No
             logging.info("resuming at step %d", restored.step)
             if restored.step >= config.training.num_train_steps:
                 return True
-        logging.info("parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
+        tokenizer = jax.device_put(tokenizer, sharding.replicated(mesh))
+
+        def save(step: int, state: state_lib.TrainState) -> None:
+            checkpoints.save(
+                step,
+                state=state,
+                tokenizer=tokenizer,
+                data=iterator.get_state(),
+                config=config.to_dict(),
+                force=True,
+            )
+
+        if int(state.step) == 0:
+            save(0, state)  # from here on the tokenizer is never fitted again
         (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        logging.info("parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
 
         step_fn = build.train_step(config, mesh, tokenizer)
-        tokenizer = jax.device_put(tokenizer, sharding.replicated(mesh))
-        batches = _MeshBatches(iterator, mesh)
+        drawer = Drawer(Trained(config, mesh, tokenizer, state.ema, state.bank, int(state.step)))
 
-        def draw_samples(step: int, state: Any) -> None:
+        def draw_samples(step: int, state: state_lib.TrainState) -> None:
             if show is not None:
-                trained = Trained(config, mesh, tokenizer, state.ema, state.bank, step)
-                label = np.repeat(np.arange(num_classes(config)), 10)
-                show(step, Drawer(trained).images(refiners.Identity(), label, seed=0), label)
+                drawer.trained = dataclasses.replace(drawer.trained, params=state.ema, step=step)
+                label = np.repeat(np.arange(num_classes(config)), SAMPLES_PER_CLASS)
+                show(step, drawer.images(refiners.Identity(), label, seed=0), label)
 
         state, complete = loop.train(
             state,
-            batches,
+            _MeshBatches(iterator, mesh),
             step_fn=lambda state, batch: step_fn(state, tokenizer, batch),
             num_train_steps=config.training.num_train_steps,
             intervals=loop.Intervals(
@@ -126,8 +126,9 @@ def train(config: build.Config, workdir: pathlib.Path, *, show: Show | None = No
             workdir=workdir,
         )
         if complete:
-            trained = Trained(config, mesh, tokenizer, state.ema, state.bank, int(state.step))
-            save(int(state.step), dataclasses.replace(state, bank=filled_bank(trained)))
+            trained = dataclasses.replace(drawer.trained, params=state.ema)
+            bank = filled_bank(trained)
+            save(config.training.num_train_steps, dataclasses.replace(state, bank=bank))
         return complete
 
 
@@ -179,11 +180,13 @@ class Drawer:
     ) -> None:
         """Compiles lazily, once per number of labels and kind of refiner.
 
+        `trained` may be replaced by a later state of the same run; what is compiled stays.
+
         Args:
           config: Another sampling section than the run's own; None for its own.
           trace: Keep conditions before and after refinement.
         """
-        self._trained = trained
+        self.trained = trained
         self._loop = build.sampler(config or trained.config, trace=trace)
         self._run = sharding.on_mesh(self._draw, trained.mesh)
 
@@ -197,13 +200,13 @@ class Drawer:
         Raises:
           build.ConfigError: A label is not a class.
         """
-        check_labels(label, num_classes(self._trained.config))
-        mesh = self._trained.mesh
+        check_labels(label, num_classes(self.trained.config))
+        mesh = self.trained.mesh
         spread = len(label) % sharding.num_batch_shards(mesh) == 0
         place = sharding.batch_sharding(mesh) if spread else sharding.replicated(mesh)
         return self._run(
-            self._trained.params,
-            self._trained.tokenizer,
+            self.trained.params,
+            self.trained.tokenizer,
             refiner,
             jax.random.key(seed),
             jax.device_put(np.asarray(label, np.int32), place),

@@ -69,7 +69,9 @@ class Measured:
     image_uint8: UInt8[np.ndarray, "n height width channels"]
 
     def scores(self, metric: str) -> list[float]:
-        """One value per seed."""
+        """One value per seed: of a metric of the card, or of "drift", its mean over slots."""
+        if metric == "drift":
+            return [float(np.mean(one)) for one in self.drift]
         return [getattr(one, metric) for one in self.cards]
 
 

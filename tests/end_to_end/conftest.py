@@ -3,14 +3,24 @@
 import pathlib
 import shutil
 
+import jax
 import pytest
 import tiny
 
 from arcond_jax import run
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_device():
+    """Runs see one of the eight devices: a program for one compiles in half the time."""
+    one = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jax, "devices", lambda: one)
+        yield
+
+
 @pytest.fixture(scope="package")
-def finished(tmp_path_factory) -> pathlib.Path:
+def finished(tmp_path_factory, one_device) -> pathlib.Path:
     """Never to be written to: copy it with `copy_of`."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     assert run.train(tiny.config(), workdir)

@@ -22,8 +22,11 @@ from arcond_jax.transport import refiners
 # Stands in for the machine's own timing: the signal comes while this batch is put on the mesh.
 INTERRUPTED = """
 import os, signal, sys
+import jax
 from arcond_jax import sharding
 from arcond_jax.cli import main
+one = jax.devices()[:1]
+jax.devices = lambda: one
 put_batch, count = sharding.put_batch, 0
 def interrupting(batch, mesh):
     global count
@@ -90,8 +93,8 @@ def test_resuming_on_other_meshes_continues_the_curve(finished, copy_of, monkeyp
     workdir = copy_of(finished, last_step=2)
     (workdir / "metrics.jsonl").write_text("")
     with monkeypatch.context() as patched:
-        one = sharding.make_mesh(devices=jax.devices()[:1])
-        patched.setattr(build, "mesh", lambda config: one)
+        eight = jax.local_devices()
+        patched.setattr(jax, "devices", lambda: eight)
         put_batch, count = sharding.put_batch, iter(range(10))
 
         def interrupting(batch, mesh):
@@ -100,11 +103,11 @@ def test_resuming_on_other_meshes_continues_the_curve(finished, copy_of, monkeyp
             return put_batch(batch, mesh)
 
         patched.setattr(sharding, "put_batch", interrupting)
-        assert not run.train(tiny.config(), workdir)  # steps 3 and 4 on one device
+        assert not run.train(tiny.config(), workdir)  # steps 3 and 4 on eight devices
         state = saved_state(workdir)
         assert int(state.step) == 4
-        assert len(state.params["final_norm"]["scale"].sharding.device_set) == 1
-    assert run.train(tiny.config(), workdir)  # steps 5 and 6 on eight
+        assert len(state.params["final_norm"]["scale"].sharding.device_set) == 8
+    assert run.train(tiny.config(), workdir)  # steps 5 and 6 on one
     log, expected = rows_without_time(workdir), rows_without_time(finished)[2:]
     assert [row["step"] for row in log] == [3, 4, 5, 6]
     for name in ("loss", "gradient_norm"):
