@@ -1,5 +1,6 @@
 """One tiny run, trained to its end without a stop, that the tests compare with and sample from."""
 
+import contextlib
 import pathlib
 import shutil
 
@@ -10,20 +11,27 @@ import tiny
 from arcond_jax import run
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_device():
     """Runs see one of the eight devices: a program for one compiles in half the time."""
-    one = jax.devices()[:1]
+    with patched_devices():
+        yield
+
+
+@contextlib.contextmanager
+def patched_devices():
+    one = jax.local_devices()[:1]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(jax, "devices", lambda: one)
         yield
 
 
-@pytest.fixture(scope="package")
-def finished(tmp_path_factory, one_device) -> pathlib.Path:
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> pathlib.Path:
     """Never to be written to: copy it with `copy_of`."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert run.train(tiny.config(), workdir)
+    with patched_devices():
+        assert run.train(tiny.config(), workdir)
     return workdir
 
 
