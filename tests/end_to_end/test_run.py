@@ -89,6 +89,7 @@ def test_killed_and_restarted_is_uninterrupted(finished, tmp_path):
     assert_same_run(workdir, finished)
 
 
+@pytest.mark.slow
 def test_resuming_on_other_meshes_continues_the_curve(finished, copy_of, monkeypatch):
     workdir = copy_of(finished, last_step=2)
     (workdir / "metrics.jsonl").write_text("")
