@@ -17,7 +17,7 @@ help:
 
 setup: $(READY)
 
-# Huge pages for XLA's buffers, which it takes afresh at every step: a third less CPU time on Linux.
+# Huge pages for XLA's buffers, which it takes afresh at every step: less time in the kernel (Linux).
 demo: setup
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/arcond demo
 
