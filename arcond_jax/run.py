@@ -1,7 +1,8 @@
 """The life of a run on disk: train, resume, restore, calibrate, draw.
 
 A working directory holds `checkpoints/` (everything needed to continue, and the bank once training
-is done), `metrics.jsonl`, pictures, and `refiner/` once it is calibrated.
+is done), `metrics.jsonl`, pictures, and `refiner/` once it is calibrated. One of converted weights
+holds `weights/` instead of checkpoints, and can be sampled and calibrated like any other.
 """
 
 import dataclasses
@@ -17,39 +18,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from arcond_jax import build, checkpoint, sharding, types
+from arcond_jax import config as config_lib
 from arcond_jax.data import images, pipeline
 from arcond_jax.evaluation import card
 from arcond_jax.evaluation import classifier as classifier_lib
-from arcond_jax.sampling import causal
-from arcond_jax.tokenizers import patches
+from arcond_jax.models import dit
+from arcond_jax.sampling import mar as mar_sampling
+from arcond_jax.sampling import sampled as sampled_lib
 from arcond_jax.training import loop
 from arcond_jax.training import state as state_lib
 from arcond_jax.transport import bank as bank_lib
 from arcond_jax.transport import inverse, refiners
 
 # What may differ between a checkpoint and the config it is continued or sampled with.
-FREE_SECTIONS = ("sampling", "mesh")
+FREE_SECTIONS = ("sampling", "mesh", "transport")
 FREE_KEYS = (
+    "data.directory",
+    "tokenizer.path",
     "training.num_train_steps",
     "training.log_every",
     "training.samples_every",
     "training.checkpoint_every",
     "training.checkpoints_kept",
 )
-BANK_KEYS = ("transport.num_atoms", "transport.grouping")  # the rest of `transport` is free too
+IMAGES_PER_ATOM = 4  # read to fill a bank, at most: a group's ring is then full whatever the order
+CONDITIONS_SEED = 0  # of the orders in which MAR's conditions are met
+CONDITIONS_BATCH = 128
 CALIBRATION_SEED = 1000  # apart from the small seeds people sample with
 SAMPLES_PER_CLASS = 10  # on the sheets drawn while training
 
 Show = Callable[[int, UInt8[np.ndarray, "n height width channels"], np.ndarray], None]
 
 
-def train(config: build.Config, workdir: pathlib.Path, *, show: Show | None = None) -> bool:
+def train(
+    config: build.Config,
+    workdir: pathlib.Path,
+    *,
+    show: Show | None = None,
+    init_from: pathlib.Path | None = None,
+) -> bool:
     """Trains to `training.num_train_steps`, from the last checkpoint in `workdir` if there is one.
 
     Args:
+      init_from: A working directory whose averaged parameters a fresh run starts with.
       show: Called with (step, images, labels) every `training.samples_every` steps.
 
     Returns:
@@ -76,9 +90,12 @@ def train(config: build.Config, workdir: pathlib.Path, *, show: Show | None = No
     ) as checkpoints:
         if checkpoints.latest_step() is None:
             state, tokenizer = build.train_state(config, mesh), build.tokenizer(config)
+            if init_from is not None:
+                state = state_lib.with_params(state, params_of(init_from, config, mesh))
         else:
-            _check_same_run(config, checkpoints.config(), workdir)
-            abstract_state, abstract_tokenizer = _abstract(config, mesh)
+            saved = checkpoints.config()
+            _check_same_run(config, saved, workdir)
+            abstract_state, abstract_tokenizer = _abstract(config, saved, mesh)
             restored = checkpoints.restore(abstract_state, abstract_tokenizer=abstract_tokenizer)
             state, tokenizer = restored.state, restored.tokenizer
             iterator.set_state(restored.data)
@@ -127,44 +144,54 @@ def train(config: build.Config, workdir: pathlib.Path, *, show: Show | None = No
         )
         if complete:
             trained = dataclasses.replace(drawer.trained, params=state.ema)
-            bank = filled_bank(trained)
+            bank = None if state.bank is None else filled_bank(trained)
             save(config.training.num_train_steps, dataclasses.replace(state, bank=bank))
         return complete
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained model as sampling needs it; `params` is the average, not the last iterate."""
+    """A trained model as sampling needs it; `params` is the average, not the last iterate.
+
+    The bank is None, or of another shape than the config's, until it is calibrated.
+    """
 
     config: build.Config
     mesh: Mesh
-    tokenizer: patches.Patches
+    tokenizer: types.Tokenizer
     params: types.Params
-    bank: bank_lib.Bank
+    bank: bank_lib.Bank | None
     step: int
 
 
 def restore(
     workdir: pathlib.Path, *, config: build.Config | None = None, step: int | None = None
 ) -> Trained:
-    """Opens the checkpoint of a run.
+    """Opens the checkpoint of a run, or converted weights.
 
     Args:
       config: None for the one it was trained with; otherwise only the sections `sampling`,
-        `mesh` and the intervals may differ from that.
+        `transport`, `mesh` and what says where things are may differ from that.
       step: None for the latest.
 
     Raises:
       checkpoint.CheckpointError: Nothing there, damaged, or of another model.
-      build.ConfigError: The config is not that of the run.
+      build.ConfigError: The config is not that of the run, or names no tokenizer.
     """
-    with checkpoint.Checkpoints(str(workdir / "checkpoints")) as checkpoints:
-        saved = checkpoints.config(step)
-        if config is None:
-            config = build.config_from_dict(saved)
+    if is_converted(workdir):
+        saved = checkpoint.load_metadata(str(workdir / build.WEIGHTS))["config"]
+        config = config or config_lib.from_dict(saved)
         _check_same_run(config, saved, workdir)
         mesh = build.mesh(config)
-        abstract_state, abstract_tokenizer = _abstract(config, mesh)
+        params = params_of(workdir, config, mesh)
+        tokenizer = jax.device_put(build.tokenizer(config), sharding.replicated(mesh))
+        return Trained(config, mesh, tokenizer, params, bank=None, step=0)
+    with checkpoint.Checkpoints(str(workdir / "checkpoints")) as checkpoints:
+        saved = checkpoints.config(step)
+        config = config or config_lib.from_dict(saved)
+        _check_same_run(config, saved, workdir)
+        mesh = build.mesh(config)
+        abstract_state, abstract_tokenizer = _abstract(config, saved, mesh)
         restored = checkpoints.restore(
             abstract_state, abstract_tokenizer=abstract_tokenizer, step=step
         )
@@ -172,11 +199,29 @@ def restore(
     return Trained(config, mesh, restored.tokenizer, state.ema, state.bank, restored.step)
 
 
+def is_converted(workdir: pathlib.Path) -> bool:
+    """Whether a directory holds converted weights rather than the checkpoints of a run."""
+    return (workdir / build.WEIGHTS).is_dir()
+
+
+def params_of(workdir: pathlib.Path, config: build.Config, mesh: Mesh) -> types.Params:
+    """The parameters that a directory is sampled with, in the places of the mesh."""
+    if not is_converted(workdir):
+        return restore(workdir).params
+    abstract = state_lib.abstract_on(build.abstract_state(config), mesh).params
+    return build.load_weights(str(workdir), abstract)
+
+
 class Drawer:
     """Compiled sampling: class labels in, images out, the batch spread over the mesh."""
 
     def __init__(
-        self, trained: Trained, config: build.Config | None = None, *, trace: bool = False
+        self,
+        trained: Trained,
+        config: build.Config | None = None,
+        *,
+        trace: bool = False,
+        num_known: int = 0,
     ) -> None:
         """Compiles lazily, once per number of labels and kind of refiner.
 
@@ -185,17 +230,27 @@ class Drawer:
         Args:
           config: Another sampling section than the run's own; None for its own.
           trace: Keep conditions before and after refinement.
+          num_known: Tokens that are given in every call.
         """
         self.trained = trained
-        self._loop = build.sampler(config or trained.config, trace=trace)
+        self._loop = build.sampler(config or trained.config, trace=trace, num_known=num_known)
         self._run = sharding.on_mesh(self._draw, trained.mesh)
 
     def __call__(
-        self, refiner: types.Refiner, label: Int[np.ndarray, " n"], *, seed: int, first_row: int = 0
-    ) -> tuple[jax.Array, causal.Sampled]:
+        self,
+        refiner: types.Refiner,
+        label: Int[np.ndarray, " n"],
+        *,
+        seed: int,
+        first_row: int = 0,
+        known: mar_sampling.Known | None = None,
+    ) -> tuple[jax.Array, sampled_lib.Sampled]:
         """Draws one image in [-1, 1] per label, and what the loop left.
 
         Image i depends on (seed, first_row + i, its label) alone, unless the refiner mixes rows.
+
+        Args:
+          known: One row of tokens to keep, the same for all images.
 
         Raises:
           build.ConfigError: A label is not a class.
@@ -211,6 +266,7 @@ class Drawer:
             jax.random.key(seed),
             jax.device_put(np.asarray(label, np.int32), place),
             first_row,
+            known,
         )
 
     def images(
@@ -220,6 +276,7 @@ class Drawer:
         *,
         seed: int,
         batch_size: int | None = None,
+        known: mar_sampling.Known | None = None,
     ) -> UInt8[np.ndarray, "n height width channels"]:
         """The images alone, as uint8 on the host, drawn in batches of one size."""
         batch_size = batch_size or len(label)
@@ -228,34 +285,79 @@ class Drawer:
             part = label[start : start + batch_size]
             # The last batch is filled up, so that the loop compiles once.
             padded = np.pad(part, (0, batch_size - len(part)), mode="edge")
-            image, _ = self(refiner, padded, seed=seed, first_row=start)
+            image, _ = self(refiner, padded, seed=seed, first_row=start, known=known)
             drawn.append(images.image_to_uint8(np.asarray(image)[: len(part)]))
         return np.concatenate(drawn)
 
-    def _draw(self, params, tokenizer, refiner, rng, label, first_row):
-        law = causal.CodeLaw(tokenizer.code_mean, tokenizer.code_cholesky)
-        sampled = self._loop(params, rng, label, refiner=refiner, code_law=law, first_row=first_row)
+    def _draw(self, params, tokenizer, refiner, rng, label, first_row, known):
+        given: dict[str, Any] = {}
+        if known is not None:
+            given["known"] = jax.tree.map(lambda x: jnp.repeat(x, len(label), axis=0), known)
+        sampled = self._loop(
+            params,
+            rng,
+            label,
+            refiner=refiner,
+            code_law=tokenizer.code_law,
+            first_row=first_row,
+            **given,
+        )
         return tokenizer.decode(sampled.tokens), sampled
+
+
+def known_tokens(
+    trained: Trained,
+    image: Float[np.ndarray, "height width channels"],
+    keep: Bool[np.ndarray, "mask_height mask_width"],
+) -> mar_sampling.Known:
+    """The tokens of an image that stay: those all of whose pixels are kept.
+
+    Raises:
+      build.ConfigError: Image or mask are not of the model's size, or nothing is left to draw.
+    """
+    config = trained.config
+    wanted = build.image_shape(config)
+    for name, shape in (("image", image.shape), ("mask", keep.shape)):
+        if shape != wanted[: len(shape)]:
+            found, size = ("x".join(map(str, x)) for x in (shape, wanted))
+            raise build.ConfigError(
+                f"the {name} is {found}, the model draws images of {size}: scale or crop it to that"
+            )
+    rows, columns = build.grid(config)
+    squares = keep.reshape(rows, keep.shape[0] // rows, columns, keep.shape[1] // columns)
+    given = squares.all(axis=(1, 3)).reshape(1, -1)
+    if given.all():
+        raise build.ConfigError("the mask keeps every token: make some of it white, to be drawn")
+    latents = trained.tokenizer.encode(jnp.asarray(image)[None]).latents
+    if latents is None:
+        raise build.ConfigError(f"tokenizer {config.tokenizer.name} gives no latents to keep")
+    return mar_sampling.Known(latents=latents, given=jnp.asarray(given))
 
 
 def config_for(workdir: pathlib.Path, path: str | None, overrides: list[str]) -> build.Config:
     """The config to sample a run with: a file's, or the run's own, with overrides on top."""
     if path is not None:
         return build.load_config(path, overrides)
-    with checkpoint.Checkpoints(str(workdir / "checkpoints")) as checkpoints:
-        return build.with_overrides(build.config_from_dict(checkpoints.config()), overrides)
+    if is_converted(workdir):
+        saved = checkpoint.load_metadata(str(workdir / build.WEIGHTS))["config"]
+    else:
+        with checkpoint.Checkpoints(str(workdir / "checkpoints")) as checkpoints:
+            saved = checkpoints.config()
+    return build.with_overrides(config_lib.from_dict(saved), overrides)
 
 
 def provenance(trained: Trained, config: build.Config, *, seed: int) -> card.Settings:
     """How samples are made, for their file and their evaluation card."""
-    sampling, model = config.sampling, build.network(config)
-    kind = config.transport.kind
+    sampling, kind = config.sampling, config.transport.kind
+    has_codes, has_latents = config.loss.w_tensor > 0, config.loss.w_diffusion > 0
     return card.Settings(
         guidance_scale=sampling.guidance_scale,
         guidance_schedule=sampling.guidance_schedule,
-        code_temperature=sampling.code_temperature if model.num_codes else None,
-        latent_temperature=sampling.latent_temperature if model.head else None,
-        num_head_evaluations=sampling.num_head_evaluations if model.head else 0,
+        code_temperature=sampling.code_temperature if has_codes else None,
+        latent_temperature=sampling.latent_temperature if has_latents else None,
+        num_ar_steps=sampling.num_ar_steps if config.backbone == "mar" else None,
+        solver=sampling.solver if has_latents else None,
+        num_head_evaluations=sampling.num_head_evaluations if has_latents else 0,
         refinement=None if kind == "none" else kind,
         refinement_settings={} if kind == "none" else config.transport.to_dict(),
         seed=seed,
@@ -293,7 +395,7 @@ def _all_of(split: pipeline.Source) -> tuple[np.ndarray, np.ndarray]:
 
 def num_classes(config: build.Config) -> int:
     """Classes of the config's dataset."""
-    return build.SOURCES[config.data.name].num_classes
+    return config.data.num_classes
 
 
 def check_labels(label: Int[np.ndarray, " n"], count: int) -> None:
@@ -303,18 +405,29 @@ def check_labels(label: Int[np.ndarray, " n"], count: int) -> None:
         raise build.ConfigError(f"label {wrong[0]} is not a class: use 0 to {count - 1}")
 
 
-def conditions(trained: Trained, split: str) -> tuple[Float[np.ndarray, "n l d"], np.ndarray]:
-    """Teacher-forced conditions of a split in its order, and its labels."""
-    generator = build.generator(trained.config, trained.tokenizer)
+def conditions(
+    trained: Trained, split: str, *, at_most: int | None = None
+) -> tuple[Float[np.ndarray, "n s d"], Int[np.ndarray, " n"]]:
+    """Teacher-forced conditions of a split in its order, and its labels.
 
-    def run(params, tokenizer, image, label):
-        return generator.conditions(params, tokenizer.encode(image), label)
+    Args:
+      at_most: Images to take, spread over the split; None takes all.
+    """
+    generator = build.generator(trained.config, trained.tokenizer)
+    if isinstance(generator, dit.Generator):
+        raise build.ConfigError("backbone dit has one condition for all tokens, and none per token")
+
+    def run(params, tokenizer, image, label, rng):
+        return generator.conditions(params, tokenizer.encode(image), label, rng)
 
     run = sharding.on_mesh(run, trained.mesh)
+    source = build.source(trained.config, split)
+    batches = pipeline.full_batches(source, CONDITIONS_BATCH, at_most=at_most)
     conds, labels = [], []
-    for batch in pipeline.full_batches(build.source(trained.config, split), 128):
+    for number, batch in enumerate(batches):
         placed = sharding.put_batch({k: batch[k] for k in ("image", "label")}, trained.mesh)
-        cond = run(trained.params, trained.tokenizer, placed["image"], placed["label"])
+        rng = jax.random.fold_in(jax.random.key(CONDITIONS_SEED), number)
+        cond = run(trained.params, trained.tokenizer, placed["image"], placed["label"], rng)
         conds.append(np.asarray(cond)[batch["valid"]])
         labels.append(batch["label"][batch["valid"]])
     return np.concatenate(conds), np.concatenate(labels)
@@ -325,9 +438,13 @@ def filled_bank(trained: Trained) -> bank_lib.Bank:
 
     Conditions drift while the network trains, so what counts is how they are at the end.
     """
-    cond, label = conditions(trained, "train")
     bank = build.empty_bank(trained.config)
-    group = jnp.zeros_like(label) if bank.count.shape[1] == 1 else jnp.asarray(label)
+    if bank is None:
+        raise build.ConfigError("transport.kind is none, and without refinement there is no bank")
+    num_groups = bank.count.shape[1]
+    enough = IMAGES_PER_ATOM * trained.config.transport.num_atoms * num_groups
+    cond, label = conditions(trained, "train", at_most=enough)
+    group = jnp.zeros_like(label) if num_groups == 1 else jnp.asarray(label)
     update = sharding.on_mesh(bank_lib.update_bank, trained.mesh)
     return update(bank, jnp.asarray(cond), group=group)
 
@@ -335,40 +452,47 @@ def filled_bank(trained: Trained) -> bank_lib.Bank:
 def calibrate(trained: Trained, config: build.Config | None = None) -> types.Refiner:
     """Makes the refiner that a config asks for, fitted to the sampler of the same config.
 
-    One rollout with equally many rows for every group: at each position the maps are fitted to
-    the conditions that sampling reaches, which depend on the sampler's own settings.
-
-    Raises:
-      build.ConfigError: The bank is empty.
+    One rollout with equally many rows for every group: at each slot the maps are fitted to the
+    conditions that sampling reaches, which depend on the sampler's own settings. The bank is filled
+    first if there is none that fits the config.
     """
-    config = config or trained.config
-    kind = config.transport.kind
+    trained = dataclasses.replace(trained, config=config or trained.config)
+    kind = trained.config.transport.kind
     if kind == "none":
         return refiners.Identity()
-    if int(trained.bank.count.min()) == 0:
-        raise build.ConfigError(
-            f"the bank of step {trained.step} is empty: it is filled when training completes; "
-            "finish training, or set transport.kind=none"
-        )
+    bank = _fitting_bank(trained)
     if kind == "in_batch":
-        return refiners.InBatch(trained.bank, options=build.refine_options(config))
-    calibrator, label = _calibrator(trained, config)
-    _, sampled = Drawer(trained, config)(calibrator, label, seed=CALIBRATION_SEED)
+        return refiners.InBatch(bank, options=build.refine_options(trained.config))
+    calibrator, label = _calibrator(trained, bank)
+    _, sampled = Drawer(trained)(calibrator, label, seed=CALIBRATION_SEED)
     return calibrator.finish(sampled.refiner_state)
 
 
+def _fitting_bank(trained: Trained) -> bank_lib.Bank:
+    """The stored bank, or one filled now if that is empty or has other slots, groups or atoms."""
+    wanted, bank = jax.eval_shape(lambda: build.empty_bank(trained.config)), trained.bank
+    if bank is not None and bank.atoms.shape == wanted.atoms.shape and int(bank.count.min()) > 0:
+        return bank
+    logging.info("filling the bank of ideal conditions from the training split")
+    return filled_bank(trained)
+
+
 def _calibrator(
-    trained: Trained, config: build.Config
+    trained: Trained, bank: bank_lib.Bank
 ) -> tuple[refiners.Calibrator | refiners.BuresCalibrator, Int[np.ndarray, " n"]]:
-    """The calibrator of a config, and the labels of its rollout."""
+    """The calibrator of the config, and the labels of its rollout."""
+    config = trained.config
     options = build.refine_options(config)
     operators = None
     if options.inverse_weight:
+        if config.backbone == "mar":
+            raise build.ConfigError(
+                "transport.inverse_weight needs one condition after the other in each row, and mar "
+                "draws several at once: set it to 0"
+            )
         operators = inverse.fit_inverse(jnp.asarray(conditions(trained, "train")[0]))
     make = {"stored": refiners.Calibrator, "bures": refiners.BuresCalibrator}[config.transport.kind]
-    calibrator = make(
-        trained.bank, inverse=operators, options=options, grouping=config.transport.grouping
-    )
+    calibrator = make(bank, inverse=operators, options=options, grouping=config.transport.grouping)
     return calibrator, np.repeat(np.arange(num_classes(config)), config.transport.num_sources)
 
 
@@ -404,7 +528,9 @@ def load_refiner(trained: Trained, workdir: pathlib.Path, config: build.Config) 
                 f"the refiner in {workdir} was calibrated with {name}={saved.get(name)}, not "
                 f"{value}: the conditions depend on it, so run `arcond calibrate` again"
             )
-    calibrator, label = _calibrator(trained, config)
+    bank = jax.eval_shape(lambda: build.empty_bank(config))
+    trained = dataclasses.replace(trained, config=config)
+    calibrator, label = _calibrator(trained, bank)
     shapes = jax.eval_shape(lambda: calibrator.finish(calibrator.init(jnp.asarray(label))))
     whole = sharding.replicated(trained.mesh)
     abstract = jax.tree.map(
@@ -416,30 +542,31 @@ def load_refiner(trained: Trained, workdir: pathlib.Path, config: build.Config) 
 def _refiner_settings(trained: Trained, config: build.Config) -> dict[str, Any]:
     settings = {
         name: value
-        for name, value in build.flat(config).items()
+        for name, value in config_lib.flat(config).items()
         if name.split(".")[0] in ("sampling", "transport")
     }
     return {"checkpoint step": trained.step} | settings
 
 
-def _abstract(config: build.Config, mesh: Mesh) -> tuple[Any, Any]:
-    """What to restore a run into: shapes with their places on the mesh."""
+def _abstract(config: build.Config, saved: Mapping[str, Any], mesh: Mesh) -> tuple[Any, Any]:
+    """What to restore a run into: shapes with their places on the mesh.
+
+    The bank has the shape of the config it was saved with.
+    """
     whole = sharding.replicated(mesh)
     tokenizer = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
         build.abstract_tokenizer(config),
     )
-    state = state_lib.abstract_on(build.abstract_state(config), mesh)
-    return state, tokenizer
+    abstract = build.abstract_state(config_lib.from_dict(saved))
+    return state_lib.abstract_on(abstract, mesh), tokenizer
 
 
 def _check_same_run(config: build.Config, saved: Mapping[str, Any], workdir: pathlib.Path) -> None:
-    ours, theirs = build.flat(config), build.flat(build.config_from_dict(saved))
+    ours, theirs = config_lib.flat(config), config_lib.flat(config_lib.from_dict(saved))
     for name in sorted(ours | theirs):
         section = name.split(".")[0]
         if section in FREE_SECTIONS or name in FREE_KEYS:
-            continue
-        if section == "transport" and name not in BANK_KEYS:
             continue
         if ours.get(name) != theirs.get(name):
             raise build.ConfigError(

@@ -37,11 +37,29 @@ class Tokens:
     codes: Int[Array, "b l"] | None = None
 
 
+@no_type_check  # jax rebuilds pytrees around shapes, axes and None
+@flax.struct.dataclass
+class CodeLaw:
+    """The Gaussian of the latents behind each code, in the tokenizer's latent units."""
+
+    mean: Float[Array, "v c"]
+    cholesky: Float[Array, "v c c"]
+
+
 @runtime_checkable  # annotations are checked at run time in the tests
 class Tokenizer(Protocol):
-    """Maps images to token grids and back."""
+    """Maps images to token grids and back.
 
-    def encode(self, image: Float[Array, "b height width channels"]) -> Tokens: ...
+    `rng` is for tokenizers whose latents have a law given the image: without it they give its mode.
+    `code_law` is None unless the tokenizer has codes and latents on one grid.
+    """
+
+    @property
+    def code_law(self) -> CodeLaw | None: ...
+
+    def encode(
+        self, image: Float[Array, "b height width channels"], rng: Key[Array, ""] | None = None
+    ) -> Tokens: ...
 
     def decode(self, tokens: Tokens) -> Float[Array, "b height width channels"]: ...
 

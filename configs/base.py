@@ -15,12 +15,27 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "digits"
+    config.data.directory = config_dict.placeholder(str)  # of an image folder
+    config.data.image_size = 8  # pixels on a side
+    config.data.num_channels = 1
+    config.data.num_classes = 10
+    config.data.random_flip = False
     config.data.batch_size = 64  # over all devices
 
     config.tokenizer = ml_collections.ConfigDict()
     config.tokenizer.name = "patches"
     config.tokenizer.patch_size = 2
     config.tokenizer.num_codes = 64
+    config.tokenizer.path = config_dict.placeholder(str)  # converted weights, of "kl"
+
+    config.kl = ml_collections.ConfigDict()
+    config.kl.width = 128
+    config.kl.multipliers = (1, 1, 2, 2, 4)
+    config.kl.num_blocks = 2
+    config.kl.latent_channels = 16
+    config.kl.latent_scale = 0.2325
+
+    config.backbone = "gpt"
 
     config.gpt = ml_collections.ConfigDict()
     config.gpt.depth = 12
@@ -30,6 +45,27 @@ def get_config() -> ml_collections.ConfigDict:
     config.gpt.qk_norm = False
     config.gpt.remat = "none"
     config.gpt.unroll = 1
+
+    config.mar = ml_collections.ConfigDict()
+    config.mar.encoder_depth = 12
+    config.mar.encoder_width = 768
+    config.mar.encoder_num_heads = 12
+    config.mar.decoder_depth = 12
+    config.mar.decoder_width = 768
+    config.mar.decoder_num_heads = 12
+    config.mar.buffer_size = 64
+    config.mar.mask_rate_min = 0.7
+    config.mar.attention_dropout = 0.1
+    config.mar.dropout = 0.1
+    config.mar.remat = "none"
+    config.mar.unroll = 1
+
+    config.dit = ml_collections.ConfigDict()
+    config.dit.depth = 28
+    config.dit.width = 1152
+    config.dit.num_heads = 16
+    config.dit.remat = "none"
+    config.dit.unroll = 1
 
     config.diffusion_head = ml_collections.ConfigDict()
     config.diffusion_head.depth = 6
@@ -60,6 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.training.b1 = 0.9
     config.training.b2 = 0.95
     config.training.weight_decay = 0.02
+    config.training.decay_head = True  # False spares the denoising MLP
     config.training.clip_norm = 1.0
     config.training.ema_decay = 0.9999
     config.training.num_accumulations = 1
@@ -75,8 +112,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.tensor = 1
 
     config.sampling = ml_collections.ConfigDict()
+    config.sampling.num_ar_steps = 64
+    config.sampling.num_buckets = 8
     config.sampling.solver = "ancestral"
     config.sampling.num_head_evaluations = 25
+    config.sampling.spacing = "trailing"
     config.sampling.warm_start = config_dict.placeholder(float)
     config.sampling.latent_temperature = 1.0
     config.sampling.clip_latents = config_dict.placeholder(float)

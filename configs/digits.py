@@ -7,6 +7,7 @@ codes. Variants:
   ar        latents only: autoregression with diffusion loss
   tensorar  codes only, window 4
   base      codes only, window 1
+  mar       latents only, masked: 8 decoding steps in random order
 
 Command:   arcond train --config configs/digits.py:joint --workdir runs/digits
 Hardware:  2 CPU cores
@@ -18,7 +19,7 @@ import ml_collections
 
 from configs import base
 
-VARIANTS = ("joint", "ar", "tensorar", "base")
+VARIANTS = ("joint", "ar", "tensorar", "base", "mar")
 
 
 def get_config(variant: str = "joint") -> ml_collections.ConfigDict:
@@ -41,7 +42,16 @@ def get_config(variant: str = "joint") -> ml_collections.ConfigDict:
     )
     # One head evaluation from the code's Gaussian, noised to 0.4 of the process.
     config.sampling.update(solver="ddim", num_head_evaluations=1, warm_start=0.4, clip_latents=2.0)
-    if variant == "ar":
+    if variant == "mar":
+        config.backbone = "mar"
+        config.mar.update(encoder_depth=2, encoder_width=64, encoder_num_heads=4, buffer_size=4)
+        config.mar.update(decoder_depth=2, decoder_width=64, decoder_num_heads=4)
+        # MAR's 0.7 would never show more than 4 of the 16 tokens.
+        config.mar.update(mask_rate_min=0.05, attention_dropout=0.0, dropout=0.0)
+        config.transport.kind = "bures"
+        config.training.num_train_steps = 2400
+        config.sampling.num_ar_steps = 8
+    if variant in ("ar", "mar"):
         config.loss.w_tensor = 0.0
         config.tensorar.window = 1
         config.sampling.solver = "ancestral"

@@ -1,6 +1,6 @@
 """From config files to objects: what they hold, how they are overridden, and how they fail.
 
-Every variant of the digits config is kept in `golden/configs/`, so that a change shows in review.
+Every config is kept in `golden/configs/`, so that a change shows in review.
 After a change on purpose: `python tests/test_build.py`.
 """
 
@@ -13,21 +13,49 @@ import pytest
 import tiny
 
 from arcond_jax import build
+from arcond_jax import config as config_lib
 from arcond_jax.sampling import causal, stride
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
 VARIANTS = ("joint", "ar", "tensorar", "base")
+# And how many parameters the model has; those of MAR are the official counts.
+IMAGENET = {
+    "mar_base_imagenet256": 207_924_768,
+    "mar_large_imagenet256": 478_326_304,
+    "mar_huge_imagenet256": 942_403_104,
+    "mar_large_imagenet512": 480_685_600,
+    "ar_xl_imagenet256": 805_664_032,
+    "cdm_xl_imagenet256": 1_068_966_432,
+}
+CONFIGS = (*(f"digits:{variant}" for variant in (*VARIANTS, "mar")), *IMAGENET)
 
 
-def dump(variant):
-    return json.dumps(build.load_config(f"digits:{variant}").to_dict(), indent=2) + "\n"
+def dump(name):
+    return json.dumps(build.load_config(name).to_dict(), indent=2) + "\n"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_configs_are_the_golden_ones(variant):
-    golden = json.loads((GOLDEN / f"digits_{variant}.json").read_text())
-    now = json.loads(dump(variant))
+def golden_path(name):
+    return GOLDEN / f"{name.replace(':', '_')}.json"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_are_the_golden_ones(name):
+    golden = json.loads(golden_path(name).read_text())
+    now = json.loads(dump(name))
     assert now == golden, "if this is on purpose, run `python tests/test_build.py` and commit"
+
+
+@pytest.mark.parametrize(("name", "count"), IMAGENET.items())
+def test_full_sizes_are_built(name, count):
+    """Shapes alone, of the model and its tokenizer."""
+    config = build.load_config(name)
+    params = nn.unbox(jax.eval_shape(build.generator(config).init, jax.random.key(0)))
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
+    assert build.empty_bank(config) is None
+    assert build.grid(config) == ((32, 32) if "512" in name else (16, 16))
+    assert build.sampler(config).solver.num_evaluations == 100
+    tokenizer = build.abstract_tokenizer(config)
+    assert sum(x.size for x in jax.tree.leaves(tokenizer)) == 66_456_019  # the official count
 
 
 def test_the_default_variant_is_joint():
@@ -37,10 +65,10 @@ def test_the_default_variant_is_joint():
 def test_a_config_survives_json():
     config = tiny.config("joint", "sampling.warm_start=None", "mesh.data=2")
     saved = json.loads(json.dumps(config.to_dict()))
-    assert build.flat(build.config_from_dict(saved)) == build.flat(config)
+    assert config_lib.flat(config_lib.from_dict(saved)) == config_lib.flat(config)
     saved["gpt"]["dept"] = saved["gpt"].pop("depth")
     with pytest.raises(build.ConfigError, match=r"of another version: it differs in gpt\.dept"):
-        build.config_from_dict(saved)
+        config_lib.from_dict(saved)
 
 
 def test_overrides():
@@ -62,7 +90,7 @@ def test_overrides():
 
 WRONG_OVERRIDES = {
     "gpt.dept=3": r"unknown config key gpt\.dept: did you mean gpt\.depth\?",
-    "qqqqqq=3": r"unknown config key qqqqqq: sections are data, diffusion_head, gpt",
+    "qqqqqq=3": r"unknown config key qqqqqq: sections are backbone, data, diffusion_head, dit, gpt",
     "gpt=3": r"config key gpt wants ConfigDict, not '3'",
     "gpt.depth.more=3": r"unknown config key gpt\.depth\.more: did you mean gpt\.depth\?",
     "gpt.depth=three": r"config key gpt\.depth wants int, not 'three'",
@@ -72,7 +100,7 @@ WRONG_OVERRIDES = {
     "gpt.depth": r"config key gpt\.depth wants int, not ''",
     "gpt.qk_norm=1": r"config key gpt\.qk_norm wants bool, not '1'",
     "sampling.top_k=0.5": r"config key sampling\.top_k wants int or None, not '0\.5'",
-    "data.name=imagenet": r"data\.name 'imagenet' is not one of digits",
+    "data.name=imagenet": r"data\.name 'imagenet' is not one of digits, folder",
     "tokenizer.name=vq": r"tokenizer\.name 'vq' is not one of patches",
     "training.dtype=float16": r"training\.dtype 'float16' is not one of float32, bfloat16",
     "transport.kind=exact": r"transport\.kind 'exact' is not one of none, stored, bures, in_batch",
@@ -106,7 +134,7 @@ def test_wrong_overrides_end_in_one_line(override):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nothing", r"no config file nothing: the library comes with base, digits"),
+        ("nothing", r"no config file nothing: the library comes with ar_xl"),
         ("configs/nothing.py:joint", r"no config file configs/nothing\.py: the library comes"),
         ("digits:big", r"digits: digits has no variant 'big': choose one of joint, ar, tensorar"),
     ],
@@ -173,5 +201,5 @@ def test_sampling_loops():
 
 
 if __name__ == "__main__":
-    for name in VARIANTS:
-        (GOLDEN / f"digits_{name}.json").write_text(dump(name))
+    for name in CONFIGS:
+        golden_path(name).write_text(dump(name))

@@ -17,6 +17,7 @@ import tqdm
 from jaxtyping import Float, Int, UInt8
 
 from arcond_jax import build, run, types
+from arcond_jax import config as config_lib
 from arcond_jax.data import images
 from arcond_jax.evaluation import card, paired
 from arcond_jax.transport import drift
@@ -45,6 +46,17 @@ class System:
     name: str
     model: str
     settings: Mapping[str, Any]
+
+
+def settings(config: build.Config, overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings of a system from `section.key=value` strings, checked against a model's config.
+
+    Raises:
+      build.ConfigError: An unknown key or a value that cannot be used.
+    """
+    changed = build.with_overrides(config.copy_and_resolve_references(), overrides)
+    values = config_lib.flat(changed)
+    return {name: values[name] for name in (text.partition("=")[0] for text in overrides)}
 
 
 @dataclasses.dataclass

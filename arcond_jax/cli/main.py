@@ -5,7 +5,17 @@ import logging
 import sys
 
 from arcond_jax import build, checkpoint
-from arcond_jax.cli import calibrate, demo, evaluate, sample, train
+from arcond_jax.cli import (
+    bench,
+    calibrate,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    export,
+    sample,
+    train,
+)
 from arcond_jax.training import loop
 
 COMMANDS = {
@@ -14,6 +24,10 @@ COMMANDS = {
     "calibrate": calibrate,
     "sample": sample,
     "evaluate": evaluate,
+    "compare": compare,
+    "convert": convert,
+    "export": export,
+    "bench": bench,
 }
 
 

@@ -13,12 +13,15 @@ EPILOG = """examples:
   arcond train --config configs/digits.py:joint --workdir runs/digits
   arcond train --config digits:ar --workdir runs/ar --config.training.learning_rate=1e-3
 
+  arcond train --config mar_base_imagenet256 --init weights/mar --workdir runs/tuned
+
 Run the same command again to resume. SIGTERM saves and exits 0."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="checkpoints and logs")
+    parser.add_argument("--init", type=pathlib.Path, help="a workdir whose weights to start from")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -34,5 +37,5 @@ def main(args: argparse.Namespace) -> None:
         )
         figures.write_png(workdir / "samples" / f"step_{step:08d}.png", sheet)
 
-    complete = run.train(config, workdir, show=show)
+    complete = run.train(config, workdir, show=show, init_from=args.init)
     print(f"{'complete' if complete else 'stopped and saved'}: {workdir}")

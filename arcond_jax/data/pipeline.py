@@ -85,8 +85,12 @@ def train_iterator(
     return iter(batches.to_iter_dataset(options))
 
 
-def full_batches(source: Source, batch_size: int) -> Iterator[NumpyBatch]:
+def full_batches(
+    source: Source, batch_size: int, *, at_most: int | None = None
+) -> Iterator[NumpyBatch]:
     """One pass over a split in its own order, in batches of one shape.
+
+    With `at_most` it takes so many items, spread evenly over the split, which may be sorted.
 
     The last batch is filled up with copies of the last image; the extra entry "valid" (bool) is
     True for the rows that count. Every process reads everything.
@@ -94,10 +98,12 @@ def full_batches(source: Source, batch_size: int) -> Iterator[NumpyBatch]:
     Raises:
       ValueError: For an item that cannot be read, with its index.
     """
-    for start in range(0, len(source), batch_size):
-        indices = np.arange(start, start + batch_size)
-        batch = _load(source, np.minimum(indices, len(source) - 1))
-        yield batch | {"valid": indices < len(source)}
+    count = len(source) if at_most is None else min(at_most, len(source))
+    chosen = np.arange(count) * len(source) // count
+    for start in range(0, count, batch_size):
+        places = np.arange(start, start + batch_size)
+        batch = _load(source, chosen[np.minimum(places, count - 1)])
+        yield batch | {"valid": places < count}
 
 
 def _load(source: Source, indices: np.ndarray) -> NumpyBatch:

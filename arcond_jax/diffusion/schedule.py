@@ -4,6 +4,9 @@ import dataclasses
 import math
 
 import numpy as np
+from jaxtyping import Int
+
+SPACINGS = ("even", "leading", "trailing", "log_snr")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,25 +73,78 @@ class Schedule:
         return (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas) / left
 
 
-def even_timesteps(num_timesteps: int, num_kept: int) -> np.ndarray:
-    """`num_kept` steps from the first to the last, as MAR spaces its 100 sampling steps.
+def spaced_timesteps(
+    schedule: Schedule, num_kept: int, *, spacing: str, start: float = 1.0
+) -> Int[np.ndarray, " steps"]:
+    """The steps a sampling chain visits, ascending; `Schedule.respace` makes a process of them.
+
+    Args:
+      spacing: "even" (MAR's), "leading" (MAR's "ddimN"), "trailing" or "log_snr".
+      start: Share of the process to begin at, in (0, 1]; 1.0 is pure noise. Below 1.0 for
+        "trailing" and "log_snr" only.
+
+    Raises:
+      ValueError: a spacing that does not exist, or steps or a start that do not fit it.
+    """
+    num_timesteps = len(schedule.betas)
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing {spacing!r} is not one of {', '.join(SPACINGS)}")
+    if not 0.0 < start <= 1.0:
+        raise ValueError(f"start {start} is a share of the process: use a number in (0, 1]")
+    if spacing == "trailing":
+        return trailing_timesteps(num_timesteps, num_kept, start=start)
+    if spacing == "log_snr":
+        return log_snr_timesteps(schedule, num_kept, start=start)
+    if start != 1.0:
+        raise ValueError(f"start {start} needs spacing trailing or log_snr: {spacing} has its own")
+    return {"even": even_timesteps, "leading": leading_timesteps}[spacing](num_timesteps, num_kept)
+
+
+def even_timesteps(num_timesteps: int, *section_counts: int) -> Int[np.ndarray, " steps"]:
+    """Steps from the first to the last, as MAR spaces its 100 sampling steps.
+
+    Args:
+      section_counts: Steps to keep. Several numbers cut the process into as many sections of
+        equal size, the first ones a step longer if need be, each spaced on its own.
 
     Raises:
       ValueError: more steps asked for than there are.
 
     Source: MAR, diffusion/respace.py, `space_timesteps`: an accumulated float, half to even.
     """
-    if not 1 <= num_kept <= num_timesteps:
-        raise ValueError(f"{num_kept} sampling steps out of a process with {num_timesteps}")
-    stride = 1.0 if num_kept == 1 else (num_timesteps - 1) / (num_kept - 1)
-    kept, position = [], 0.0
-    for _ in range(num_kept):
-        kept.append(round(position))
-        position += stride
+    kept, first = [], 0
+    for i, num_kept in enumerate(section_counts):
+        size = (num_timesteps + len(section_counts) - 1 - i) // len(section_counts)
+        _require(num_kept, size)
+        stride = 1.0 if num_kept == 1 else (size - 1) / (num_kept - 1)
+        position = 0.0
+        for _ in range(num_kept):
+            kept.append(first + round(position))
+            position += stride
+        first += size
     return np.array(kept)
 
 
-def trailing_timesteps(num_timesteps: int, num_kept: int, *, start: float = 1.0) -> np.ndarray:
+def leading_timesteps(num_timesteps: int, num_kept: int) -> Int[np.ndarray, " steps"]:
+    """Every k-th step from step 0 on, for the smallest k that leaves `num_kept` steps.
+
+    Raises:
+      ValueError: no k does.
+
+    Source: MAR, diffusion/respace.py, `space_timesteps` of "ddimN"; one step is allowed here.
+    """
+    _require(num_kept, num_timesteps)
+    kept = np.arange(0, num_timesteps, -(-num_timesteps // num_kept))
+    if len(kept) != num_kept:
+        raise ValueError(
+            f"no whole stride takes {num_kept} of {num_timesteps} steps: take {len(kept)}"
+        )
+    return kept
+
+
+def trailing_timesteps(
+    num_timesteps: int, num_kept: int, *, start: float = 1.0
+) -> Int[np.ndarray, " steps"]:
     """`num_kept` steps ending at the noisiest one; better than even spacing when they are few.
 
     Args:
@@ -100,6 +156,39 @@ def trailing_timesteps(num_timesteps: int, num_kept: int, *, start: float = 1.0)
     Source: Lin et al. (2024), "Common Diffusion Noise Schedules and Sample Steps are Flawed".
     """
     last = num_timesteps * start
-    if not 1 <= num_kept <= last:
-        raise ValueError(f"{num_kept} sampling steps out of a process with {int(last)}")
+    _require(num_kept, int(last))
     return np.array([round(last * (i + 1) / num_kept) - 1 for i in range(num_kept)])
+
+
+def log_snr_timesteps(
+    schedule: Schedule, num_kept: int, *, start: float = 1.0
+) -> Int[np.ndarray, " steps"]:
+    """Steps from step 0 to the noisiest one, uniform in the logarithm of signal to noise.
+
+    Where the process is too coarse for that, the nearest steps that are still free. A single step
+    is the noisiest.
+
+    Args:
+      start: Share of the process to begin at, in (0, 1]. A whole cosine process ends in a leap of
+        that logarithm which takes steps from the rest; the official code starts it at 0.9946.
+
+    Raises:
+      ValueError: more steps asked for than there are below `start`.
+
+    Source: Lu et al. (2022), "DPM-Solver"; dpm_solver_pytorch.py, `get_time_steps` with "logSNR".
+    """
+    last = round(len(schedule.betas) * start)
+    _require(num_kept, last)
+    kept = schedule.alphas_cumprod[:last]
+    log_nsr = np.log1p(-kept) - np.log(kept)  # rises with the step, as interpolation wants it
+    wanted = np.linspace(log_nsr[-1], log_nsr[0], num_kept)[::-1]
+    timesteps = np.round(np.interp(wanted, log_nsr, np.arange(last))).astype(int)
+    # Unique: first pushed up where they collide, then back below the last.
+    rank = np.arange(num_kept)
+    timesteps = np.maximum.accumulate(timesteps - rank) + rank
+    return np.minimum(timesteps, last - num_kept + rank)
+
+
+def _require(num_kept: int, available: int) -> None:
+    if not 1 <= num_kept <= available:
+        raise ValueError(f"{num_kept} sampling steps out of a process with {available}")

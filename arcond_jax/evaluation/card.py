@@ -29,6 +29,8 @@ class Settings:
       guidance_schedule: How the scale changes over positions, such as "constant" or "linear".
       code_temperature: Divides the logits of the code head.
       latent_temperature: Scales the noise of the diffusion head.
+      num_ar_steps: Decoding steps of a masked model.
+      solver: Chain of the diffusion head.
       num_head_evaluations: Evaluations of the diffusion head per token, 0 without one.
       refinement: Name of the condition refinement.
       refinement_settings: Its settings, by name.
@@ -40,6 +42,8 @@ class Settings:
     guidance_schedule: str
     code_temperature: float | None
     latent_temperature: float | None
+    num_ar_steps: int | None
+    solver: str | None
     num_head_evaluations: int
     refinement: str | None
     refinement_settings: Mapping[str, Setting]

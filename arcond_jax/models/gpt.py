@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from arcond_jax.nn import attention, linear, mlp, norm, rope
+from arcond_jax.nn import attention, linear, mlp, norm, rope, stack
 
 # LlamaGen's table (Sun et al., 2024, table 1).
 SIZES = {
@@ -20,11 +20,6 @@ SIZES = {
     "L": dict(depth=24, width=1024, num_heads=16),
     "XL": dict(depth=36, width=1280, num_heads=20),
     "XXL": dict(depth=48, width=1536, num_heads=24),
-}
-
-REMAT_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -129,18 +124,12 @@ class GPT(nn.Module):
         start = jnp.zeros((), jnp.int32) if cache is None else cache.index
         table = jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])
 
-        block = Block
-        if self.remat != "none":
-            # prevent_cse is for code outside scans; inside it only blocks optimisation.
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=self.depth,
+        blocks = stack.scanned(
+            Block,
+            depth=self.depth,
+            remat=self.remat,
             unroll=self.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            in_axes=(0, nn.broadcast),
         )(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads or self.num_heads,
@@ -149,7 +138,7 @@ class GPT(nn.Module):
             dtype=self.dtype,
             name="blocks",
         )
-        (x, cache), _ = stack((x.astype(self.dtype), cache), jnp.arange(self.depth), table)
+        (x, cache), _ = blocks((x.astype(self.dtype), cache), jnp.arange(self.depth), table)
         if cache is not None:
             cache = dataclasses.replace(cache, index=cache.index + x.shape[1])
         return x, cache

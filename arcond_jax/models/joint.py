@@ -35,8 +35,8 @@ class Joint(nn.Module):
       backbone: Unbound stack of causal blocks with a prefix of one, the class.
       num_classes: Classes; id `num_classes` means none.
       head: Unbound denoising MLP, or None for a model of codes alone.
-      num_codes: Size of the codebook, or None for a model of latents alone. Id `num_codes` is the
-        pad of windows and stands for an unknown code.
+      num_codes: Size of the codebook, or None for a model of latents alone. With a window or a
+        head, id `num_codes` is the pad of windows and stands for an unknown code.
       window: Codes predicted at each position; 1 has no window parameters.
       window_depth: Query blocks on each side (2 in arXiv v1, 1 in the ICLR version).
       window_mlp_ratio: Of the MLP in query blocks; 0 for attention only (ICLR version).
@@ -66,7 +66,8 @@ class Joint(nn.Module):
                 (None, "embed"),
             )
         if self.num_codes is not None:
-            rows = self.num_codes + 1
+            # A model of codes alone, one at a time, never meets the pad: LlamaGen's table lacks it.
+            rows = self.num_codes + int(self.window > 1 or self.head is not None)
             self.code_embed = linear.Embed(rows, width, wide_init, dtype)
             self.code_head = linear.Linear(
                 (self.num_codes,), ("embed", "vocab"), kernel_init=parameter.zeros_init, dtype=dtype
@@ -247,9 +248,14 @@ class Generator:
         return self.network.apply({"params": params}, *args, method=method)
 
     def conditions(
-        self, params: types.Params, tokens: types.Tokens, label: Int[Array, " b"]
+        self,
+        params: types.Params,
+        tokens: types.Tokens,
+        label: Int[Array, " b"],
+        rng: Key[Array, ""] | None = None,
     ) -> Float[Array, "b l d"]:
-        """Teacher-forced conditions as sampling without drafts sees them."""
+        """Teacher-forced conditions as sampling without drafts sees them; nothing is drawn."""
+        del rng
         tokens = self._own(tokens)
         windows = None if tokens.codes is None else self._masked_windows(tokens.codes)
         return self.apply(params, tokens.latents, windows, label, method=Joint.teacher_forced)

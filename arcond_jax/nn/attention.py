@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import no_type_check
 
 import flax.struct
@@ -54,11 +55,14 @@ def attend(
     keys: Float[Array, "b m kv_heads k"],
     values: Float[Array, "b m kv_heads k"],
     mask: Bool[Array, "l m"] | None = None,
+    *,
+    dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b l h k"]:
     """Scaled dot-product attention; softmax in float32; grouped heads share a key in blocks.
 
     Args:
       mask: True where a query may look; None lets every query see every key.
+      dropout: Applied to the weights, if given.
 
     Source: Vaswani et al. (2017), eq. 1; Ainslie et al. (2023) for grouped queries.
     """
@@ -70,4 +74,6 @@ def attend(
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
     return jnp.einsum("bnglm,bmnk->blngk", weights, values).reshape(b, l, h, k)

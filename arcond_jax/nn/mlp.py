@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from arcond_jax.nn import linear
+from arcond_jax.nn import linear, parameter
 
 
 class SwiGLU(nn.Module):
@@ -26,17 +26,29 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """w2 gelu(w1 x), exact GELU, no biases."""
+    """w2 gelu(w1 x), exact GELU.
+
+    Attributes:
+      dropout: Share of activations dropped after either matrix, where a "dropout" rng is given.
+    """
 
     width: int
     hidden: int
+    use_bias: bool = False
+    kernel_init: parameter.Initializer = parameter.normal_init
+    dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        hidden = linear.Linear((self.hidden,), ("embed", "mlp"), dtype=self.dtype)(x)
-        hidden = jax.nn.gelu(hidden, approximate=False)
-        return linear.Linear((self.width,), ("mlp", "embed"), dtype=self.dtype)(hidden)
+        def dense(features: int, axes: tuple[str, str]) -> linear.Linear:
+            return linear.Linear(
+                (features,), axes, self.use_bias, self.kernel_init, dtype=self.dtype
+            )
+
+        drop = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
+        hidden = jax.nn.gelu(dense(self.hidden, ("embed", "mlp"))(x), approximate=False)
+        return drop(dense(self.width, ("mlp", "embed"))(drop(hidden)))
 
 
 def swiglu_hidden(width: int, multiple_of: int = 256) -> int:

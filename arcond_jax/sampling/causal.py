@@ -17,36 +17,9 @@ from arcond_jax import types
 from arcond_jax.diffusion import solvers
 from arcond_jax.models.joint import Joint
 from arcond_jax.nn import attention
-from arcond_jax.sampling import filters
+from arcond_jax.sampling import filters, sampled
 
 DRAFTS = ("off", "draw", "feed")
-
-
-@no_type_check  # jax rebuilds pytrees around shapes, axes and None
-@flax.struct.dataclass
-class CodeLaw:
-    """The Gaussian of the latents behind each code, in the tokenizer's latent units."""
-
-    mean: Float[Array, "v c"]
-    cholesky: Float[Array, "v c c"]
-
-
-@no_type_check  # jax rebuilds pytrees around shapes, axes and None
-@flax.struct.dataclass
-class Sampled:
-    """What one run of the loop leaves.
-
-    Attributes:
-      tokens: Latents, codes or both.
-      drafts: The window drawn at each position, its first code final; None if drafts are off.
-      cond: Conditions before and after refinement (conditional stream), if traced.
-      refiner_state: What the refiner carried out of the last position.
-    """
-
-    tokens: types.Tokens
-    drafts: Int[Array, "b l w"] | None
-    cond: tuple[Float[Array, "b l d"], Float[Array, "b l d"]] | None
-    refiner_state: types.RefinerState
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,8 +32,10 @@ class CausalSampler:
       warm: Start the chain from a draw of the code's Gaussian instead of pure noise.
       guidance_scale: 1.0 is none and costs nothing; otherwise the batch is doubled.
       guidance_schedule: "constant" or "linear" in the share of positions decoded.
+      guided_positions: How many are guided, from the first on; None for all. LlamaGen's
+        cfg_interval plus 2.
       code_temperature: Divides the logits of codes.
-      top_k, top_p: Cuts of the law of codes; None leaves it whole.
+      top_k, top_p, min_p: Cuts of the law of codes; None leaves it whole.
       drafts: What is done with slots 1 and up of the window: "off" (not drawn), "draw" (drawn for
         inspection) or "feed" (fed back, which is TensorAR's Algorithm 1).
       trace: Also return the conditions before and after refinement.
@@ -71,9 +46,11 @@ class CausalSampler:
     warm: bool = False
     guidance_scale: float = 1.0
     guidance_schedule: str = "constant"
+    guided_positions: int | None = None
     code_temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     drafts: str = "off"
     trace: bool = False
 
@@ -95,9 +72,9 @@ class CausalSampler:
         label: Int[Array, " b"],
         *,
         refiner: types.Refiner,
-        code_law: CodeLaw | None = None,
+        code_law: types.CodeLaw | None = None,
         first_row: Int[Array, ""] | int = 0,
-    ) -> Sampled:
+    ) -> sampled.Sampled:
         """Draws one token grid per label.
 
         Row i depends on (rng, first_row + i, its label) alone, whatever the batch or the mesh, if
@@ -109,7 +86,7 @@ class CausalSampler:
         """
         if self.warm and code_law is None:
             raise ValueError("a warm start needs code_law, the Gaussians behind the codes")
-        rngs_of_rows = row_rngs(rng, label.shape[0], first_row)
+        rngs_of_rows = sampled.row_rngs(rng, label.shape[0], first_row)
         fed_label = self.fed_label(label)
         start = _Carry(
             x=self.apply(params, fed_label, method=Joint.class_token),
@@ -127,7 +104,7 @@ class CausalSampler:
         carry, out = jax.lax.scan(body, start, jnp.arange(self.network.length))
         out = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
         windows = out.get("window")
-        return Sampled(
+        return sampled.Sampled(
             tokens=types.Tokens(
                 latents=out.get("latents"), codes=None if windows is None else windows[..., 0]
             ),
@@ -149,9 +126,11 @@ class CausalSampler:
     def guidance_weight(self, position: Int[Array, ""]) -> Float[Array, ""] | None:
         if not self.guided:
             return None
-        return filters.guidance_weight(
-            self.guidance_scale, self.guidance_schedule, position, self.network.length
-        )
+        share = (position + 1) / self.network.length
+        weight = filters.guidance_weight(self.guidance_scale, self.guidance_schedule, share)
+        if self.guided_positions is None:
+            return weight
+        return jnp.where(position < self.guided_positions, weight, 1.0)
 
     def refine(
         self,
@@ -182,7 +161,7 @@ class CausalSampler:
         position: Int[Array, ""],
         label: Int[Array, " b"],
         refiner: types.Refiner,
-        code_law: CodeLaw | None,
+        code_law: types.CodeLaw | None,
         code_rngs: Key[Array, " b"],
         latent_rngs: Key[Array, " b"],
     ) -> tuple["_Carry", dict]:
@@ -228,7 +207,7 @@ class CausalSampler:
         rows = self.apply(params, cond, num_slots, method=Joint.slots)
         logits = filters.guide(self.apply(params, rows, method=Joint.logits), weight)
         logits = filters.filter_logits(
-            logits / self.code_temperature, top_k=self.top_k, top_p=self.top_p
+            logits / self.code_temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
         )
         return jax.vmap(jax.random.categorical)(rngs, logits)
 
@@ -250,7 +229,7 @@ class CausalSampler:
         codes: Int[Array, " b"] | None,
         weight: Float[Array, ""] | None,
         rngs: Key[Array, " b"],
-        code_law: CodeLaw | None,
+        code_law: types.CodeLaw | None,
     ) -> Float[Array, "b c"]:
         cond = self.apply(
             params, cond, None if codes is None else self.both(codes), method=Joint.latent_cond
@@ -266,10 +245,7 @@ class CausalSampler:
 
         def denoise(x: Float[Array, "b c"], t: Int[Array, ""]) -> Float[Array, "b two_c"]:
             output = self.apply(params, self.both(x), t, cond, method=Joint.denoise)
-            predicted, v = jnp.split(output, 2, axis=-1)
-            # The noise is guided, the variance is not (MAR, models/diffloss.py).
-            guided = filters.guide(predicted, weight)
-            return jnp.concatenate([guided, v[: x.shape[0]]], axis=-1)
+            return filters.guide_noise(output, weight)
 
         return solver(denoise, x, noise[2:])
 
@@ -282,10 +258,3 @@ class _Carry:
     x: Float[Array, "n 1 d"]
     cache: attention.Cache
     refiner_state: types.RefinerState
-
-
-def row_rngs(
-    rng: Key[Array, ""], num_rows: int, first_row: Int[Array, ""] | int
-) -> Key[Array, " b"]:
-    """One key per row, from the row's number alone: a sample does not depend on its batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, first_row + jnp.arange(num_rows))

@@ -1,22 +1,42 @@
 """Guidance, and what is cut from a categorical law before it is drawn from."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 SCHEDULES = ("constant", "linear")
 
 
 def guidance_weight(
-    scale: float, schedule: str, position: Int[Array, ""], length: int
+    scale: float, schedule: str, share: Float[Array, ""] | float
 ) -> Float[Array, ""]:
-    """Guidance at a position: constant, or growing from 1 with the share of tokens decoded.
+    """Guidance at one step: constant, or growing from 1 with the share of tokens decoded.
+
+    Args:
+      share: Of the tokens, those decoded once this step is done.
 
     Source: MAR, models/mar.py, `sample_tokens`: 1 + (scale - 1) * share.
     """
     if schedule == "linear":
-        return 1.0 + (scale - 1.0) * (position + 1) / length
+        return jnp.asarray(1.0 + (scale - 1.0) * share, jnp.float32)
     return jnp.asarray(scale, jnp.float32)
+
+
+def power_cosine_weight(
+    scale: float, power: float, share: Float[Array, ""] | float
+) -> Float[Array, ""]:
+    """Guidance at one step: from 1 to `scale` along half a cosine of share ** power.
+
+    Args:
+      power: 0.0 is constant guidance; the larger, the longer it stays near 1.
+      share: Of the tokens, those decoded before this step.
+
+    Source: RAR (Yu et al., 2024), modeling/rar.py, `generate`; MDT (Gao et al., 2023) before it.
+    """
+    rise = (1.0 - jnp.cos(jnp.pi * jnp.asarray(share, jnp.float32) ** power)) / 2
+    return 1.0 + (scale - 1.0) * rise
 
 
 def guide(both: Float[Array, "two_b *n"], weight: Float[Array, ""] | None) -> Float[Array, "b *n"]:
@@ -32,14 +52,34 @@ def guide(both: Float[Array, "two_b *n"], weight: Float[Array, ""] | None) -> Fl
     return unconditional + weight * (conditional - unconditional)
 
 
-def filter_logits(
-    logits: Float[Array, "*n v"], *, top_k: int | None = None, top_p: float | None = None
-) -> Float[Array, "*n v"]:
-    """Sets all but the `top_k` largest, then all beyond probability mass `top_p`, to -inf.
+def guide_noise(
+    output: Float[Array, "two_b *n two_c"], weight: Float[Array, ""] | None
+) -> Float[Array, "b *n two_c"]:
+    """Guides the noise half of a denoiser's output; the variance stays the conditional one.
 
+    Source: MAR, models/diffloss.py, `forward_with_cfg`.
+    """
+    if weight is None:
+        return output
+    predicted, v = jnp.split(output, 2, axis=-1)
+    return jnp.concatenate([guide(predicted, weight), jnp.split(v, 2)[0]], axis=-1)
+
+
+def filter_logits(
+    logits: Float[Array, "*n v"],
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Float[Array, "*n v"]:
+    """Sets to -inf what is unlikely: by rank, then by mass, then against the most likely code.
+
+    What stays is the `top_k` largest, of these the most likely up to probability mass `top_p`, and
+    of these the ones whose probability is at least `min_p` times the largest. None cuts nothing.
     Ties with the k-th largest stay. The first code that crosses `top_p` stays.
 
-    Source: LlamaGen, autoregressive/models/generate.py, `top_k_top_p_filtering`.
+    Source: LlamaGen, autoregressive/models/generate.py, `top_k_top_p_filtering`; for `min_p`,
+    Nguyen et al. (2024), "Turning Up the Heat".
     """
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = jax.lax.top_k(logits, top_k)[0][..., -1:]
@@ -50,4 +90,7 @@ def filter_logits(
         before = jnp.cumsum(ranked, axis=-1) - ranked
         removed = jnp.take_along_axis(before > top_p, jnp.argsort(order, axis=-1), axis=-1)
         logits = jnp.where(removed, -jnp.inf, logits)
+    if min_p is not None and min_p > 0.0:
+        threshold = jnp.max(logits, axis=-1, keepdims=True) + math.log(min_p)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
     return logits

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Key
 from arcond_jax import types
 from arcond_jax.models.joint import Joint
 from arcond_jax.nn import attention
-from arcond_jax.sampling import causal
+from arcond_jax.sampling import causal, sampled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,16 +49,16 @@ class StrideSampler:
         label: Int[Array, " b"],
         *,
         refiner: types.Refiner,
-        code_law: causal.CodeLaw | None = None,
+        code_law: types.CodeLaw | None = None,
         first_row: Int[Array, ""] | int = 0,
-    ) -> causal.Sampled:
+    ) -> sampled.Sampled:
         """Draws one code grid per label; rows and refinement as in `CausalSampler`.
 
         `code_law` is not looked at: it is about latents.
         """
         base, network = self.base, self.base.network
         length, stride = network.length, self.stride
-        row_rngs = causal.row_rngs(rng, label.shape[0], first_row)
+        row_rngs = sampled.row_rngs(rng, label.shape[0], first_row)
         whole = dataclasses.replace(base, drafts="draw")  # all slots are drawn, emitted or not
 
         def advance(x: Array, cache: attention.Cache, refiner_state, position: Array) -> tuple:
@@ -89,7 +89,7 @@ class StrideSampler:
         )
         emitted = jnp.concatenate([jnp.moveaxis(emitted, 0, 1), last[:, None, :stride]], axis=1)
         codes = emitted.reshape(label.shape[0], -1)[:, :length]
-        return causal.Sampled(types.Tokens(codes=codes), None, None, refiner_state)
+        return sampled.Sampled(types.Tokens(codes=codes), refiner_state=refiner_state)
 
     def _fed(self, window: Int[Array, "b w"], position: Int[Array, ""]) -> Int[Array, "b n w"]:
         """One window per emitted code; only the last may hold drafts, those beyond the emitted."""

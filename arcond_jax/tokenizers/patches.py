@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sklearn.cluster
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import types
 
@@ -40,8 +40,19 @@ class Patches:
     patch_size: int = flax.struct.field(pytree_node=False)
     image_shape: tuple[int, int, int] = flax.struct.field(pytree_node=False)
 
-    def encode(self, image: Float[Array, "b height width channels"]) -> types.Tokens:
-        """Cuts into latents and looks up the nearest centroid; of equal ones the lowest id."""
+    @property
+    def code_law(self) -> types.CodeLaw:
+        """The Gaussian of the training latents behind each code."""
+        return types.CodeLaw(mean=self.code_mean, cholesky=self.code_cholesky)
+
+    def encode(
+        self, image: Float[Array, "b height width channels"], rng: Key[Array, ""] | None = None
+    ) -> types.Tokens:
+        """Cuts into latents and looks up the nearest centroid; of equal ones the lowest id.
+
+        Nothing is drawn, so `rng` is not looked at.
+        """
+        del rng
         if image.shape[1:] != self.image_shape:
             raise ValueError(
                 f"This tokenizer was fitted to images of shape {self.image_shape}, got"

@@ -35,27 +35,34 @@ def learning_rate(
 
 
 def adamw(
-    rate: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float | None
+    rate: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    clip_norm: float | None,
+    spared: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
     """AdamW that decays matrices and tables only, after clipping the global gradient norm.
 
     Args:
       weight_decay: Times the learning rate; biases, and scales of norms and branches, are spared.
       clip_norm: Largest global norm of a gradient; None for no limit.
+      spared: Names of parts that are not decayed at all.
     """
+
+    def is_decayed(path: tuple, _: jax.Array) -> bool:
+        # The last names may belong to the boxes that carry axis names, so all are looked at.
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return not set(names) & {*NOT_DECAYED, *spared}
+
     update = optax.adamw(
         rate,
         b1=b1,
         b2=b2,
         weight_decay=weight_decay,
-        mask=lambda params: jax.tree_util.tree_map_with_path(_is_decayed, params),
+        mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params),
     )
     if clip_norm is None:
         return update
     return optax.chain(optax.clip_by_global_norm(clip_norm), update)
-
-
-def _is_decayed(path: tuple, _: jax.Array) -> bool:
-    # The last names may belong to the boxes that carry axis names, so all of them are looked at.
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    return not set(names) & set(NOT_DECAYED)

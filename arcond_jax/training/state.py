@@ -1,5 +1,6 @@
 """Everything a run needs to continue: parameters, their average, optimizer, bank, counters."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, no_type_check
 
@@ -23,7 +24,7 @@ class TrainState:
       step: Updates tried so far, skipped ones included.
       ema: Exponential average of `params`, float32; what samples and fills the bank.
       rng: Raw bits of the run's key; a step folds its number in.
-      bank: Bank of ideal conditions; empty until training is done.
+      bank: Bank of ideal conditions, empty until training is done; None without refinement.
       skipped_in_a_row, skipped: Updates left out because the gradient was not finite.
     """
 
@@ -73,6 +74,11 @@ def abstract_on(boxed: TrainState, mesh: Mesh) -> TrainState:
         nn.unbox(boxed),
         sharding.tree_shardings(boxed, mesh),
     )
+
+
+def with_params(state: TrainState, params: types.Params) -> TrainState:
+    """A fresh state that starts from given parameters, and so does their average."""
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
 
 def _init(

@@ -19,6 +19,7 @@ def make_train_step(
     *,
     ema_decay: float,
     num_accumulations: int = 1,
+    random_flip: bool = False,
 ) -> Callable:
     """A pure function `(state, tokenizer, batch) -> (state, metrics)`, to be jitted.
 
@@ -26,6 +27,7 @@ def make_train_step(
       rate: Learning rate by update, for the log only.
       ema_decay: Of the average of parameters, in [0, 1).
       num_accumulations: Pieces the batch is cut into, one backward pass each; divides the batch.
+      random_flip: Whether half of the images are mirrored, left to right.
     """
 
     def gradient(params, tokens, label, rng):
@@ -58,8 +60,14 @@ def make_train_step(
     def train_step(
         state: state_lib.TrainState, tokenizer: types.Tokenizer, batch: types.Batch
     ) -> tuple[state_lib.TrainState, types.Metrics]:
-        tokens = tokenizer.encode(batch.image)
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        image_rng = jax.random.fold_in(rng, jnp.iinfo(jnp.int32).max)  # far from those of pieces
+        flip_rng, encode_rng = jax.random.split(image_rng)
+        image = batch.image
+        if random_flip:
+            flipped = jax.random.bernoulli(flip_rng, 0.5, (image.shape[0], 1, 1, 1))
+            image = jnp.where(flipped, image[:, :, ::-1], image)
+        tokens = tokenizer.encode(image, encode_rng)
         metrics, grads = accumulated_gradient(state.params, tokens, batch.label, rng)
 
         norm = optax.tree.norm(grads)

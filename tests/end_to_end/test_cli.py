@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from arcond_jax import run
 from arcond_jax.cli import main
 from arcond_jax.evaluation import samples
 
@@ -54,8 +55,8 @@ def test_train_with_a_wrong_setting(override, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("digits:big", "digits has no variant 'big': choose one of joint, ar, tensorar, base"),
-        ("nothing.py", "no config file nothing.py: the library comes with base, digits"),
+        ("digits:big", "digits has no variant 'big': choose one of joint, ar, tensorar, base, mar"),
+        ("nothing.py", "no config file nothing.py: the library comes with ar_xl"),
     ],
 )
 def test_train_without_a_config(config, message, tmp_path, capsys):
@@ -122,11 +123,11 @@ def test_sample_into_a_missing_folder(finished, capsys):
     assert_one_line(arguments, capsys, finished, "does not exist: create it first")
 
 
-def test_an_empty_bank_cannot_refine(finished, copy_of, capsys):
-    workdir, message = copy_of(finished, last_step=4), "the bank of step 4 is empty"
-    assert_one_line(["calibrate", "--checkpoint", workdir], capsys, workdir, message)
-    in_batch = sample(workdir, "--config.transport.kind=in_batch")
-    assert_one_line(in_batch, capsys, workdir, message, "finish training, or set transport.kind")
+def test_an_empty_bank_is_filled_before_it_refines(finished, copy_of, capsys):
+    workdir = copy_of(finished, last_step=4)
+    assert int(run.restore(workdir).bank.count.max()) == 0
+    assert main.main(["calibrate", "--checkpoint", str(workdir)]) == 0
+    assert (workdir / "refiner").is_dir()
 
 
 def test_nothing_to_calibrate(finished, capsys):

@@ -17,6 +17,11 @@ def ideal_noise(x, t):
     return jnp.sqrt(1 - kept) * (x - jnp.sqrt(kept) * MEAN) / (kept * STD**2 + 1 - kept)
 
 
+def ideal(x, t):
+    """The denoiser of that noise, for chains that do not look at v."""
+    return jnp.concatenate([ideal_noise(x, t), jnp.zeros_like(x)], -1)
+
+
 def ideal_v(process):
     """The v of the exact variance of x_{t-1} given x_t, by original time."""
     kept = process.alphas_cumprod[:, None]
@@ -80,18 +85,53 @@ def test_closed_forms_of_timesteps():
     assert schedule.trailing_timesteps(1000, 4).tolist() == [249, 499, 749, 999]
     assert schedule.trailing_timesteps(1000, 2, start=0.5).tolist() == [249, 499]
     assert schedule.trailing_timesteps(1000, 1, start=0.4).tolist() == [399]
+    assert schedule.leading_timesteps(1000, 10).tolist() == list(range(0, 1000, 100))
+    assert schedule.leading_timesteps(10, 4).tolist() == [0, 3, 6, 9]
 
 
-@pytest.mark.parametrize("num_kept", [0, 1001])
-def test_impossible_numbers_of_timesteps_are_refused(num_kept):
-    for timesteps in (schedule.even_timesteps, schedule.trailing_timesteps):
+def test_sections_are_spaced_on_their_own():
+    sections = schedule.even_timesteps(10, 2, 1, 3)  # of 4, 3 and 3 steps
+    assert sections.tolist() == [0, 3, 4, 7, 8, 9]
+
+
+@pytest.mark.parametrize("start", [1.0, 0.95])
+@pytest.mark.parametrize("num_kept", [2, 12, 900])
+def test_log_snr_timesteps_are_even_where_the_process_is_fine_enough(num_kept, start):
+    kept = schedule.log_snr_timesteps(PROCESS, num_kept, start=start)
+    assert kept[0] == 0 and kept[-1] == 1000 * start - 1 and len(kept) == num_kept
+    assert np.all(np.diff(kept) > 0)
+    log_snr = np.log(PROCESS.alphas_cumprod) - np.log1p(-PROCESS.alphas_cumprod)
+    middle = kept[(kept > 20) & (kept < 980)][:12]  # a step there is 0.1 at most
+    if num_kept == 12:
+        gaps = -np.diff(log_snr[middle])
+        np.testing.assert_allclose(gaps, (log_snr[0] - log_snr[kept[-1]]) / 11, atol=0.1)
+
+
+def test_one_log_snr_timestep_is_the_noisiest():
+    assert schedule.log_snr_timesteps(PROCESS, 1, start=0.4).tolist() == [399]
+
+
+@pytest.mark.parametrize("spacing", schedule.SPACINGS)
+def test_impossible_numbers_of_timesteps_are_refused(spacing):
+    for num_kept in (0, 1001):
         with pytest.raises(ValueError, match=f"{num_kept} sampling steps"):
-            timesteps(1000, num_kept)
+            schedule.spaced_timesteps(PROCESS, num_kept, spacing=spacing)
 
 
-def test_trailing_timesteps_must_fit_below_their_start():
-    with pytest.raises(ValueError, match="process with 400"):
-        schedule.trailing_timesteps(1000, 401, start=0.4)
+@pytest.mark.parametrize(
+    ("num_kept", "options", "message"),
+    [
+        (401, dict(spacing="trailing", start=0.4), "process with 400"),
+        (401, dict(spacing="log_snr", start=0.4), "process with 400"),
+        (2, dict(spacing="even", start=0.4), "needs spacing trailing or log_snr"),
+        (2, dict(spacing="trailing", start=1.5), r"number in \(0, 1\]"),
+        (2, dict(spacing="sideways"), "not one of even, leading"),
+        (300, dict(spacing="leading"), "no whole stride takes 300 of 1000 steps: take 250"),
+    ],
+)
+def test_spacings_that_do_not_fit_are_refused(num_kept, options, message):
+    with pytest.raises(ValueError, match=message):
+        schedule.spaced_timesteps(PROCESS, num_kept, **options)
 
 
 def test_unknown_solver_is_refused():
@@ -102,14 +142,69 @@ def test_unknown_solver_is_refused():
 def test_ddim_with_the_ideal_denoiser_reaches_the_data():
     solver = solvers.Solver(PROCESS.respace(schedule.trailing_timesteps(1000, 500)), "ddim")
 
-    def denoise(x, t):
-        return jnp.concatenate([ideal_noise(x, t), jnp.zeros_like(x)], -1)
-
     # The chain is affine in its start, so two starts tell the whole law it ends in.
     start = jnp.array([[0.0], [1.0]]) * jnp.ones(3)
-    zero, one = jax.jit(lambda x: solver(denoise, x, jnp.zeros((500, 2, 3))))(start)
+    zero, one = jax.jit(lambda x: solver(ideal, x, jnp.zeros((500, 2, 3))))(start)
     np.testing.assert_allclose(zero, MEAN, atol=1e-2)
     np.testing.assert_allclose(one - zero, STD, rtol=2e-2)
+
+
+@pytest.mark.parametrize(("kind", "order"), [("ddim", 1.0), ("dpm", 2.0)])
+def test_error_falls_with_the_order_of_the_solver(kind, order):
+    kept, deviations = PROCESS.alphas_cumprod, np.array([[-1.0], [0.5], [1.0]])
+
+    def on_path(t):
+        """For Gaussian data the equation the chain follows keeps standardised values."""
+        return np.sqrt(kept[t]) * MEAN + np.sqrt(kept[t] * STD**2 + 1 - kept[t]) * deviations
+
+    # From step 0, the last one visited, every chain goes to its prediction of x_0.
+    shrink = np.sqrt(kept[0]) * STD**2 / (kept[0] * STD**2 + 1 - kept[0])
+    exact = MEAN + shrink * (on_path(0) - np.sqrt(kept[0]) * MEAN)
+    errors = []
+    for num_steps in (16, 32, 64):
+        timesteps = schedule.log_snr_timesteps(PROCESS, num_steps, start=0.95)
+        solver = solvers.Solver(PROCESS.respace(timesteps), kind)
+        start = jnp.asarray(on_path(timesteps[-1]), jnp.float32)
+        end = solver(ideal, start, jnp.zeros((num_steps, *start.shape)))
+        errors.append(np.abs(end - exact).max(0))
+    # Steps are whole numbers, so the spacing is not quite that of the theory.
+    np.testing.assert_allclose(-np.diff(np.log2(errors), axis=0), order, atol=0.1)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 25])
+def test_dpm_keeps_what_it_must(num_steps):
+    process = PROCESS.respace(schedule.trailing_timesteps(1000, num_steps))
+    of_x, of_x0, of_x0_before = solvers.dpm_coefficients(process)
+    # Noise of a path straight to x_0 falls as the process says, and the signal comes from x_0.
+    kept, kept_next = process.alphas_cumprod, process.alphas_cumprod_prev
+    np.testing.assert_allclose(of_x * np.sqrt(1 - kept), np.sqrt(1 - kept_next), atol=1e-12)
+    signal = of_x * np.sqrt(kept) + of_x0 + of_x0_before
+    np.testing.assert_allclose(signal, np.sqrt(kept_next), rtol=1e-12)
+    # First order at both ends, so that two steps are those of DDIM.
+    assert of_x0_before[0] == of_x0_before[-1] == of_x[0] == 0.0 and of_x0[0] == 1.0
+    assert np.all(of_x0_before[1:-1] < 0.0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_dpm_is_ddim_in_one_step_and_in_two(num_steps):
+    process = PROCESS.respace(schedule.trailing_timesteps(1000, num_steps, start=0.9))
+    start, noise = normal(0, 5, 3), normal(1, num_steps, 5, 3)
+    ddim, dpm = (solvers.Solver(process, k)(ideal, start, noise) for k in ("ddim", "dpm"))
+    np.testing.assert_allclose(dpm, ddim, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "dpm"])
+def test_a_prediction_that_never_changes_is_reached(kind):
+    process = PROCESS.respace(schedule.log_snr_timesteps(PROCESS, 7, start=0.95))
+    x0, start = normal(0, 4, 3), normal(1, 4, 3)
+
+    def denoise(x, t):
+        kept = jnp.asarray(PROCESS.alphas_cumprod, jnp.float32)[t]
+        seen = (x - jnp.sqrt(kept) * x0) / jnp.sqrt(1 - kept)
+        return jnp.concatenate([seen, jnp.zeros_like(x)], -1)
+
+    end = solvers.Solver(process, kind)(denoise, start, jnp.zeros((7, 4, 3)))
+    np.testing.assert_allclose(end, x0, atol=1e-4)
 
 
 def test_ancestral_with_the_ideal_denoiser_is_exact_in_few_steps():
@@ -129,12 +224,9 @@ def test_warm_start_in_one_step_returns_the_posterior_mean(kind):
     process = PROCESS.respace(schedule.trailing_timesteps(1000, 1, start=0.4))
     solver = solvers.Solver(process, kind)
 
-    def denoise(x, t):
-        return jnp.concatenate([ideal_noise(x, t), jnp.zeros_like(x)], -1)
-
     n = 20000
     guess = MEAN + STD * normal(0, n, 3)
-    x = solver(denoise, solver.noised(guess, normal(1, n, 3)), normal(2, 1, n, 3))
+    x = solver(ideal, solver.noised(guess, normal(1, n, 3)), normal(2, 1, n, 3))
     kept = PROCESS.alphas_cumprod[399]
     # The variance of E[x_0 | x_t]: what the noise has hidden is lost.
     std = STD * np.sqrt(kept * STD**2 / (kept * STD**2 + 1 - kept))
@@ -145,12 +237,9 @@ def test_temperature_scales_the_noise_of_all_steps_but_the_last():
     process = PROCESS.respace(schedule.even_timesteps(1000, 4))
     start, noise = normal(0, 1, 3), normal(1, 2, 4, 1, 3)
 
-    def denoise(x, t):
-        return jnp.concatenate([ideal_noise(x, t), jnp.zeros_like(x)], -1)
-
     def ends(temperature, noise):
         solver = solvers.Solver(process, temperature=temperature)
-        return [np.asarray(solver(denoise, start, n)) for n in noise]
+        return [np.asarray(solver(ideal, start, n)) for n in noise]
 
     cold = ends(0.0, noise)
     np.testing.assert_array_equal(*cold)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from arcond_jax.models import gpt
-from arcond_jax.nn import rope
+from arcond_jax.nn import rope, stack
 
 SETTINGS = dict(depth=2, width=32, num_heads=4, grid=(2, 3), mlp_hidden=48)
 LENGTH = 7  # the class and six tokens
@@ -73,7 +73,7 @@ def test_unrolled_layers_have_the_same_parameters_and_values(params, tokens, exp
 
 def test_recomputed_layers_give_the_same_value_and_gradient(params, tokens):
     results = []
-    for remat in ("none", *gpt.REMAT_POLICIES):
+    for remat in stack.REMAT:
         network = gpt.GPT(**SETTINGS, remat=remat)
 
         def loss(params, network=network):

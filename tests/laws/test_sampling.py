@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcond_jax import sharding
+from arcond_jax import sharding, types
 from arcond_jax.diffusion import schedule, solvers
 from arcond_jax.models import diffusion_head, gpt
 from arcond_jax.models.joint import Joint
 from arcond_jax.sampling import causal, filters, stride
+from arcond_jax.sampling import sampled as sampled_lib
 from arcond_jax.transport import refiners
 
 NUM_CODES, NUM_CLASSES, CHANNELS, WIDTH, LENGTH, WINDOW = 12, 3, 4, 32, 6, 4
@@ -202,7 +203,7 @@ def test_a_warm_start_follows_the_law_of_the_code(params):
     rng = np.random.default_rng(0)
     mean = rng.normal(size=(NUM_CODES, CHANNELS))
     cholesky = np.tril(rng.normal(size=(NUM_CODES, CHANNELS, CHANNELS)))
-    law = causal.CodeLaw(jnp.asarray(mean, jnp.float32), jnp.asarray(cholesky, jnp.float32))
+    law = types.CodeLaw(jnp.asarray(mean, jnp.float32), jnp.asarray(cholesky, jnp.float32))
     # A code head that answers zero draws codes evenly; a denoiser that answers zero sees no noise,
     # so what the solver adds stays: variance 1 / kept - 1.
     silent = jax.tree.map(jnp.zeros_like, params)
@@ -241,7 +242,8 @@ def drawn_window(params, windows, position, *, split):
     logits = unconditional + weight * (conditional - unconditional)
     logits = filters.filter_logits(logits / TEMPERATURE, top_k=TOP_K)
 
-    rngs = jax.vmap(jax.random.fold_in, (0, None))(causal.row_rngs(RNG, len(LABEL), 0), position)
+    rngs = sampled_lib.row_rngs(RNG, len(LABEL), 0)
+    rngs = jax.vmap(jax.random.fold_in, (0, None))(rngs, position)
     if split:  # one half for the codes, one for the latents
         rngs = jax.vmap(jax.random.split)(rngs)[:, 0]
     return jax.vmap(jax.random.categorical)(rngs, logits)
@@ -288,9 +290,33 @@ def test_a_stride_emits_the_head_of_each_window(params, step, drafts):
 
 
 def test_linear_guidance_grows_from_one_to_its_scale():
-    weights = [float(filters.guidance_weight(3.0, "linear", jnp.asarray(i), 4)) for i in range(4)]
+    weights = [filters.guidance_weight(3.0, "linear", (i + 1) / 4) for i in range(4)]
     np.testing.assert_allclose(weights, [1.5, 2.0, 2.5, 3.0])
-    assert filters.guidance_weight(3.0, "constant", jnp.asarray(0), 4) == 3.0
+    assert filters.guidance_weight(3.0, "constant", 0.25) == 3.0
+
+
+def test_power_cosine_guidance_rises_from_one_to_its_scale():
+    shares = np.linspace(0.0, 1.0, 9)
+    weights = np.array([filters.power_cosine_weight(5.0, 2.0, share) for share in shares])
+    np.testing.assert_allclose(weights[[0, -1]], [1.0, 5.0], rtol=1e-6)
+    assert np.all(np.diff(weights) > 0)
+    np.testing.assert_allclose(filters.power_cosine_weight(5.0, 1.0, 0.5), 3.0, rtol=1e-6)
+    for share in shares:  # the power 0 is constant guidance, from the first step on
+        np.testing.assert_allclose(filters.power_cosine_weight(5.0, 0.0, share), 5.0, rtol=1e-6)
+
+
+def test_guidance_ends_where_it_is_told_to(params):
+    def codes(positions, scale=SCALE):
+        sampler = dataclasses.replace(
+            base(), guidance_scale=scale, guidance_schedule="constant", guided_positions=positions
+        )
+        return np.asarray(compiled(sampler)(params, RNG, LABEL, IDENTITY, 0).tokens.codes)
+
+    always, half, never = codes(None), codes(3), codes(0)
+    np.testing.assert_array_equal(codes(LENGTH), always)
+    np.testing.assert_array_equal(half[:, :3], always[:, :3])
+    assert np.any(half != always)
+    np.testing.assert_array_equal(never, codes(None, scale=1.0))
 
 
 def test_guidance_extrapolates_from_the_unconditional_rows():
@@ -315,6 +341,12 @@ def test_filters_keep_the_likely_codes():
     assert kept(logits, top_p=0.95) == [True] * 4
     # The mass is that of what top_k left: 4 / 7 and 3 / 7.
     assert kept(logits, top_k=2, top_p=0.5) == [False, True, False, False]
+    # Half of the largest is 0.2, which is not below it by more than rounding.
+    assert kept(logits, min_p=0.51) == [False, True, False, True]
+    assert kept(logits, min_p=0.49) == [False, True, True, True]
+    assert kept(logits, min_p=1.0) == [False, True, False, False]
+    assert kept(logits, min_p=0.0) == kept(logits, min_p=1e-6) == [True] * 4
+    assert kept(logits + 5.0, min_p=0.3) == [False, True, True, True]  # a share of the largest
     left = np.asarray(filters.filter_logits(jnp.asarray(logits), top_k=2))
     np.testing.assert_array_equal(left[[1, 3]], logits[[1, 3]])
 

@@ -1,0 +1,202 @@
+"""How long sampling takes, where the time goes, and how much arithmetic that is.
+
+Programs are compiled first and then run in turns, so that a busy moment of the machine does not
+fall on one of them. Only ratios of one run mean something. Operations are counted from shapes.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from arcond_jax import build, sharding, types
+from arcond_jax.models import mar
+from arcond_jax.sampling import mar as mar_sampling
+from arcond_jax.transport import refiners
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One program, timed.
+
+    Attributes:
+      name: Of the sampler, or of a part of it.
+      batch_size: Images at once.
+      seconds: Of each run.
+      operations: Floating-point operations of a run, counted from shapes; None if not known.
+    """
+
+    name: str
+    batch_size: int
+    seconds: tuple[float, ...]
+    operations: float | None
+
+    @property
+    def seconds_per_image(self) -> float:
+        return min(self.seconds) / self.batch_size
+
+    @property
+    def gflops(self) -> float | None:
+        """Billions of operations a second."""
+        return None if self.operations is None else self.operations / min(self.seconds) / 1e9
+
+
+def measure(
+    configs: dict[str, build.Config],
+    *,
+    batch_sizes: Sequence[int],
+    num_runs: int = 1,
+    split: bool = True,
+) -> list[Timing]:
+    """Times the samplers of configs of one model, with random weights.
+
+    Args:
+      configs: By name; they may differ in the section `sampling` alone.
+      num_runs: Of every program; the fastest counts.
+      split: Also time encoder, decoder and head of the first sampler alone, where it is MAR's.
+    """
+    first = next(iter(configs.values()))
+    mesh = build.mesh(first)
+    init = sharding.on_mesh(build.generator(first).init, mesh)
+    params = nn.unbox(init(jax.random.key(0)))
+    timings = []
+    for batch_size in batch_sizes:
+        programs = {}
+        for number, (name, config) in enumerate(configs.items()):
+            loop = build.sampler(config)
+            programs[name] = (_sampler(loop), None)
+            if isinstance(loop, mar_sampling.MARSampler):
+                parts = mar_parts(loop)
+                counts = mar_operations(loop, batch_size)
+                programs[name] = (_sampler(loop), sum(counts.values()))
+                if split and number == 0:
+                    programs |= {
+                        f"{name}: {part}": (function, counts[part])
+                        for part, function in parts.items()
+                    }
+        label = jnp.zeros(batch_size, jnp.int32)
+        timings += _in_turns(programs, (params, jax.random.key(1), label), num_runs=num_runs)
+    return timings
+
+
+def _sampler(loop: Any) -> Callable[..., Any]:
+    def run(params: types.Params, rng: Key[Array, ""], label: Int[Array, " b"]) -> Any:
+        return loop(params, rng, label, refiner=refiners.Identity()).tokens.latents
+
+    return run
+
+
+def _in_turns(
+    programs: dict[str, tuple[Callable[..., Any], float | None]], args: tuple, *, num_runs: int
+) -> list[Timing]:
+    compiled = {
+        name: jax.jit(function).lower(*args).compile() for name, (function, _) in programs.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(num_runs):
+        for name, program in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            seconds[name].append(time.perf_counter() - start)
+    batch_size = len(args[-1])
+    return [
+        Timing(name, batch_size, tuple(seconds[name]), operations)
+        for name, (_, operations) in programs.items()
+    ]
+
+
+def mar_parts(loop: mar_sampling.MARSampler) -> dict[str, Callable[..., Any]]:
+    """Encoder, decoder and head alone, over all steps of the loop and with its shapes."""
+    network, width = loop.network, loop.network.decoder_width
+    starts = np.append(0, mar_sampling.step_ends(network.length, loop.num_ar_steps)[:-1])
+
+    def over_steps(body: Callable[..., Array]) -> Callable[..., Array]:
+        """Carries a number through the steps, so that none is hoisted out of the loop."""
+
+        def run(params: types.Params, rng: Key[Array, ""], label: Int[Array, " b"]) -> Array:
+            label = jnp.concatenate([label, label]) if loop.guided else label
+            order = jnp.broadcast_to(jnp.arange(network.length), (len(label), network.length))
+            total = jax.random.uniform(rng)
+            for bucket in loop.buckets():
+
+                def step(total: Array, start: Array, bucket: Any = bucket) -> tuple[Array, None]:
+                    result = body(params, total, label, order, start, bucket)
+                    return 1e-6 * jnp.mean(result), None
+
+                steps = jnp.asarray(starts[bucket.start : bucket.stop])
+                total, _ = jax.lax.scan(step, total, steps)
+            return total
+
+        return run
+
+    def encoder(params, total, label, order, start, bucket):
+        tokens = jnp.full((len(label), bucket.num_slots, network.channels), total)
+        slots = order[:, : bucket.num_slots]
+        return loop.apply(params, tokens, slots, label, start, method=mar.MAR.encode)
+
+    def decoder(params, total, label, order, start, bucket):
+        shape = (len(label), network.buffer_size + bucket.num_slots, network.encoder_width)
+        encoded = jnp.full(shape, total, network.dtype)
+        return loop.apply(
+            params, encoded, order, start, start, bucket.num_drawn, method=mar.MAR.decode
+        )
+
+    def head(params, total, label, order, start, bucket):
+        cond = jnp.full((len(label), bucket.num_drawn, width), total, network.dtype)
+        rows = len(label) // 2 if loop.guided else len(label)
+
+        def noise_of(numbers: Int[Array, " k"]) -> Float[Array, "draws b k c"]:
+            shape = (loop.solver.num_evaluations + 1, rows, len(numbers), network.channels)
+            return jax.random.normal(jax.random.key(0), shape) + total
+
+        return loop.draw(params, cond, jnp.float32(0.5), start, noise_of, bucket)
+
+    return {
+        "encoder": over_steps(encoder),
+        "decoder": over_steps(decoder),
+        "head": over_steps(head),
+    }
+
+
+def mar_operations(loop: mar_sampling.MARSampler, batch_size: int) -> dict[str, float]:
+    """Multiplications and additions of matrix products, padding included."""
+    network, head = loop.network, loop.network.head
+    rows = batch_size * (2 if loop.guided else 1)
+    slots = network.buffer_size + network.length
+    counts = {"encoder": 0.0, "decoder": 0.0, "head": 0.0}
+    for bucket in loop.buckets():
+        steps = bucket.stop - bucket.start
+        seen, drawn = network.buffer_size + bucket.num_slots, bucket.num_drawn
+        counts["encoder"] += (
+            steps
+            * rows
+            * network.encoder_depth
+            * _block(seen, seen, network.encoder_width, network.mlp_ratio)
+        )
+        counts["decoder"] += (
+            steps
+            * rows
+            * (network.decoder_depth - 1)
+            * _block(slots, slots, network.decoder_width, network.mlp_ratio)
+        )
+        counts["decoder"] += (
+            steps * rows * _block(slots, drawn, network.decoder_width, network.mlp_ratio)
+        )
+        per_token = head.width * (head.depth * 5 * head.width + 2 * head.width)
+        per_token += head.width * (network.decoder_width + 3 * head.channels)
+        counts["head"] += 2.0 * steps * rows * drawn * loop.solver.num_evaluations * per_token
+    return counts
+
+
+def _block(num_keys: int, num_rows: int, width: int, mlp_ratio: int) -> float:
+    """One transformer block of which `num_rows` rows are computed to the end."""
+    projections = 3 * num_keys * width**2
+    rest = num_rows * (1 + 2 * mlp_ratio) * width**2
+    attention = 2 * num_rows * num_keys * width
+    return 2.0 * (projections + rest + attention)

@@ -1,0 +1,64 @@
+"""`arcond bench`: seconds per image, split by part, with the operations behind them."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+from arcond_jax import benchmark, build
+from arcond_jax.analysis import report
+
+EPILOG = """examples:
+  arcond bench --config mar_base_imagenet256 --config.training.dtype=float32 \\
+      --config.sampling.num_ar_steps=64 --config.sampling.num_head_evaluations=25 \\
+      --against sampling.num_buckets=1
+  arcond bench --config digits:ar --batch_size 1 --batch_size 64
+
+Weights are random. Programs run in turns; compare the numbers of one run only."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file")
+    parser.add_argument("--batch_size", type=int, action="append", help="repeat for more; 1")
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="time a sampler with another setting too; repeat for more",
+    )
+    parser.add_argument("--num_runs", type=int, default=1, help="of every program")
+    parser.add_argument("--no_split", action="store_true", help="leave the parts out")
+    parser.add_argument("--out", type=pathlib.Path, help=".json to write")
+
+
+def main(args: argparse.Namespace) -> None:
+    config = build.load_config(args.config, args.overrides)
+    configs = {config.name: config}
+    for setting in args.against:
+        changed = config.copy_and_resolve_references()
+        configs[setting] = build.with_overrides(changed, [setting])
+    timings = benchmark.measure(
+        configs,
+        batch_sizes=args.batch_size or [1],
+        num_runs=args.num_runs,
+        split=not args.no_split,
+    )
+    rows, first = [], timings[0]
+    for timing in timings:
+        if timing.name == config.name:
+            first = timing
+        rows.append(
+            [
+                timing.name,
+                f"{timing.batch_size}",
+                f"{timing.seconds_per_image:.3g}",
+                f"{timing.seconds_per_image / first.seconds_per_image:.2f}",
+                None if timing.operations is None else f"{timing.operations / 1e9:.0f}",
+                None if timing.gflops is None else f"{timing.gflops:.0f}",
+            ]
+        )
+    header = ["sampler", "batch", "s/image", "ratio", "GFLOP", "GFLOP/s"]
+    print(report.table_text(header, rows))
+    if args.out is not None:
+        args.out.write_text(json.dumps([dataclasses.asdict(t) for t in timings], indent=2) + "\n")

@@ -1,0 +1,43 @@
+"""`arcond convert`: official PyTorch weights in, a folder that can be sampled from out."""
+
+import argparse
+import pathlib
+
+from arcond_jax import build, port
+
+EPILOG = """examples:
+  arcond convert --family kl16 --source kl16.ckpt --out weights/kl16
+  arcond convert --family mar --source mar.pth --tokenizer weights/kl16 --out weights/mar
+  arcond sample --checkpoint weights/mar --label 207 --num_images 4 --out dogs.npz
+
+The size is recognised by its shapes, and the official sampling preset becomes the default of
+`arcond sample`. Files are read without running anything in them. PyTorch's own formats need
+`pip install 'arcond_jax[convert]'`; .safetensors needs nothing."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", required=True, choices=sorted(port.FAMILIES))
+    parser.add_argument("--source", required=True, type=pathlib.Path, help="official checkpoint")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to write")
+    parser.add_argument("--tokenizer", type=pathlib.Path, help="folder of the converted tokenizer")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--config", metavar="FILE[:VARIANT]", help="default: found by the shapes")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.tokenizer is not None and not (args.tokenizer / build.WEIGHTS).is_dir():
+        raise build.ConfigError(
+            f"{args.tokenizer} holds no converted tokenizer: convert kl16 first"
+        )
+    config = build.load_config(args.config, args.overrides) if args.config else None
+    if config is None and args.overrides:
+        raise build.ConfigError("--config.section.key=value needs --config: say which to change")
+    config = port.convert(
+        args.family,
+        args.source,
+        args.out,
+        config=config,
+        weights=args.weights,
+        tokenizer=args.tokenizer,
+    )
+    print(f"{config.name}, {args.weights} weights: {args.out}")

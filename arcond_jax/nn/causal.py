@@ -1,0 +1,36 @@
+"""Attention to the past, with or without a cache of it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from arcond_jax.nn import attention
+
+
+def attend(
+    queries: Float[Array, "b l h k"],
+    keys: Float[Array, "b l kv_heads k"],
+    values: Float[Array, "b l kv_heads k"],
+    cache: attention.Cache | None,
+    layer: Int[Array, ""],
+    *,
+    dropout: Callable[[Array], Array] | None = None,
+) -> tuple[Float[Array, "b l h k"], attention.Cache | None]:
+    """Every token attends to itself and to those before it, the ones in the cache included.
+
+    Args:
+      layer: Where in the cache the keys and values of this layer lie.
+
+    Returns:
+      The mixed values; the cache with the new keys and values in it, its index as it was.
+    """
+    start = jnp.zeros((), jnp.int32)
+    if cache is not None:
+        start = cache.index
+        cache = attention.write_layer(cache, layer, keys, values)
+        keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
+        values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+    mask = jnp.arange(keys.shape[1]) <= start + jnp.arange(queries.shape[1])[:, None]
+    return attention.attend(queries, keys, values, mask, dropout=dropout), cache

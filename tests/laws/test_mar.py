@@ -1,0 +1,436 @@
+"""Laws of the masked model and of its sampling loop."""
+
+import dataclasses
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from arcond_jax import types
+from arcond_jax.diffusion import schedule as schedule_lib
+from arcond_jax.diffusion import solvers
+from arcond_jax.models import diffusion_head, mar
+from arcond_jax.sampling import mar as sampling
+from arcond_jax.transport import refiners
+
+COSINE = schedule_lib.Schedule.cosine()
+NETWORK = mar.MAR(
+    grid=(4, 4),
+    num_classes=3,
+    head=diffusion_head.DiffusionHead(channels=2, depth=1, width=16),
+    buffer_size=2,
+    encoder_depth=1,
+    encoder_width=16,
+    encoder_num_heads=2,
+    decoder_depth=2,
+    decoder_width=16,
+    decoder_num_heads=2,
+    attention_dropout=0.0,
+    dropout=0.0,
+)
+LENGTH, CHANNELS = NETWORK.length, NETWORK.channels
+GENERATOR = mar.Generator(NETWORK, COSINE, mask_rate_min=0.3, slot_starts=(0, 3, 9))
+LABEL = jnp.array([0, 1, 2, 0])
+RNG = jax.random.key(3)
+# From 900 of 1000 on: at 999 rounding is amplified 20,000 times.
+SOLVER = solvers.Solver(COSINE.respace(np.array([0, 300, 600, 900])))
+
+
+@jax.jit
+def shaken(params, scale=0.1):
+    """Parameters away from the zeros they start with."""
+    leaves, structure = jax.tree.flatten(params)
+    rngs = jax.random.split(jax.random.key(1), len(leaves))
+    noised = [
+        x + scale * jax.random.normal(rng, x.shape) for x, rng in zip(leaves, rngs, strict=True)
+    ]
+    return jax.tree.unflatten(structure, noised)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return shaken(nn.unbox(jax.jit(GENERATOR.init)(jax.random.key(0))))
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return jax.random.normal(jax.random.key(2), (len(LABEL), LENGTH, CHANNELS))
+
+
+def apply(params, *args, method):
+    return NETWORK.apply({"params": params}, *args, method=method)
+
+
+def sampler(**changes):
+    options = dict(num_ar_steps=4, guidance_scale=1.0, num_buckets=2)
+    return sampling.MARSampler(NETWORK, SOLVER, **(options | changes))
+
+
+def draw(params, loop, refiner=refiners.Identity(), **given):  # noqa: B008
+    run = jax.jit(lambda params: loop(params, RNG, LABEL, refiner=refiner, **given))
+    return run(params)
+
+
+@pytest.fixture(scope="module")
+def plain(params):
+    """What the sampler draws without guidance; most laws compare with it."""
+    return draw(params, sampler()).tokens.latents
+
+
+@pytest.fixture(scope="module")
+def guided(params):
+    """The same with guidance."""
+    return draw(params, sampler(guidance_scale=2.0)).tokens.latents
+
+
+# The network.
+
+
+def test_slots_that_are_not_visible_do_not_matter(params, latents):
+    order = mar.random_orders(RNG, len(LABEL), LENGTH)
+    ordered = mar.in_order(latents, order)
+
+    def conditions(tokens, n):
+        encoded = apply(params, tokens[:, :n], order[:, :n], LABEL, 5, method=mar.MAR.encode)
+        return apply(params, encoded, order, 5, method=mar.MAR.decode)
+
+    conditions = jax.jit(conditions, static_argnums=1)
+    few, many = conditions(ordered, 5), conditions(ordered, LENGTH)
+    np.testing.assert_allclose(few, many, atol=2e-6)
+    other = jnp.where(jnp.arange(LENGTH)[:, None] < 5, ordered, 7.0)
+    np.testing.assert_array_equal(conditions(other, LENGTH), many)
+
+
+def test_conditions_of_some_positions_are_those_of_all(params, latents):
+    order = mar.random_orders(RNG, len(LABEL), LENGTH)
+
+    @jax.jit
+    def both(params):
+        tokens = mar.in_order(latents, order)[:, :4]
+        encoded = apply(params, tokens, order[:, :4], LABEL, 4, method=mar.MAR.encode)
+        whole = apply(params, encoded, order, 4, method=mar.MAR.decode)
+        return whole, apply(params, encoded, order, 4, 4, 3, method=mar.MAR.decode)
+
+    whole, part = both(params)
+    np.testing.assert_allclose(part, whole[:, 4:7], atol=2e-6)
+
+
+def test_orders_are_permutations_and_are_undone(latents):
+    order = mar.random_orders(RNG, len(LABEL), LENGTH)
+    np.testing.assert_array_equal(jnp.sort(order, axis=-1)[0], jnp.arange(LENGTH))
+    assert len({tuple(row.tolist()) for row in order}) == len(LABEL)
+    np.testing.assert_array_equal(mar.in_grid(mar.in_order(latents, order), order), latents)
+
+
+# Training.
+
+
+def test_mask_rates_are_a_truncated_normal():
+    generator = mar.Generator(NETWORK, COSINE, mask_rate_min=0.7)
+    assert generator.max_visible == 4
+    rngs = jax.random.split(RNG, 4000)
+    visible = np.asarray(jax.vmap(generator._num_visible)(rngs))
+    assert visible.min() == 0 and visible.max() == 4
+    # P(visible = n) = P(ceil(16 r) = 16 - n), r normal around 1 with deviation 0.25 on [0.7, 1].
+    reference = 1.0 - np.abs(np.random.default_rng(0).normal(0, 0.25, 400_000))
+    reference = LENGTH - np.ceil(LENGTH * reference[reference >= 0.7])
+    expected = [np.mean(reference == n) for n in range(5)]
+    np.testing.assert_allclose([np.mean(visible == n) for n in range(5)], expected, atol=0.03)
+
+
+def test_only_masked_positions_are_trained(params, latents):
+    """The gradient of the loss for the latents as targets is nothing where they are visible."""
+    t = jnp.full((1, *latents.shape[:2]), 500)
+    noise = jnp.zeros((1, *latents.shape))
+    order = mar.random_orders(RNG, len(LABEL), LENGTH)
+    masked = jnp.arange(LENGTH) >= 4
+
+    def loss(targets):
+        cond = GENERATOR.teacher_forced(params, latents, order, LABEL, 4)
+        mse, vb = GENERATOR.head_losses(params, cond, targets, t, noise)
+        return jnp.mean(mse + vb, where=masked)
+
+    gradient = jnp.abs(jax.jit(jax.grad(loss))(latents)).sum(axis=(0, 2))
+    assert (gradient[:4] == 0).all() and (gradient[4:] > 0).all()
+
+
+def test_dropout_acts_in_training_alone(params, latents):
+    network = NETWORK.clone(dropout=0.5, attention_dropout=0.5)
+    generator = mar.Generator(network, COSINE, mask_rate_min=0.3)
+    order = jnp.broadcast_to(jnp.arange(LENGTH), latents.shape[:2])
+
+    @jax.jit
+    def cond(params, rngs):
+        return generator.teacher_forced(params, latents, order, LABEL, 3, rngs=rngs)
+
+    plain = jax.jit(GENERATOR.teacher_forced)(params, latents, order, LABEL, 3)
+    np.testing.assert_allclose(cond(params, {}), plain, atol=1e-6)
+    a, b = (cond(params, {"dropout": jax.random.key(seed)}) for seed in (0, 1))
+    assert jnp.abs(a - plain).max() > 0.01 and jnp.abs(a - b).max() > 0.01
+
+
+def test_the_loss_falls(latents):
+    tokens = types.Tokens(latents=latents)
+    params = nn.unbox(jax.jit(GENERATOR.init)(jax.random.key(0)))
+    optimizer = optax.adam(3e-3)
+    value_and_grad = jax.value_and_grad(
+        lambda p, rng: GENERATOR.loss(p, tokens, LABEL, rng), has_aux=True
+    )
+
+    @jax.jit
+    def train(params):
+        def body(carry, rng):
+            params, state = carry
+            (loss, _), grads = value_and_grad(params, rng)
+            updates, state = optimizer.update(grads, state)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.lax.scan(body, (params, optimizer.init(params)), jax.random.split(RNG, 60))[1]
+
+    losses = np.asarray(train(params))
+    assert losses[-10:].mean() < 0.8 * losses[:10].mean()
+
+
+# The steps and their buckets.
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 64, 256])
+def test_every_position_is_drawn_once_for_any_number_of_steps(length):
+    for num_steps in {1, 2, 3, length // 2, length - 1, length} - {0}:
+        if num_steps > length:
+            continue
+        ends = sampling.step_ends(length, num_steps)
+        assert len(ends) == num_steps and ends[-1] == length
+        assert (np.diff(np.append(0, ends)) >= 1).all()
+
+
+def test_steps_follow_the_official_cosine():
+    # floor(256 cos(pi/2 k/8)) for k = 1 .. 7.
+    masked = [251, 236, 212, 181, 142, 97, 49, 0]
+    np.testing.assert_array_equal(256 - sampling.step_ends(256, 8), masked)
+
+
+@pytest.mark.parametrize("num_steps", [0, 17])
+def test_steps_out_of_range(num_steps):
+    with pytest.raises(ValueError, match=f"num_ar_steps {num_steps} is out of range: .* 1 to 16"):
+        sampler(num_ar_steps=num_steps)
+
+
+def cut(ends, num_buckets, num_known=0, costs=(3, 2)):
+    return sampling.fewest_padded(
+        np.array(ends),
+        num_known=num_known,
+        num_buckets=num_buckets,
+        slot_cost=costs[0],
+        drawn_cost=costs[1],
+    )
+
+
+@pytest.mark.parametrize(
+    ("length", "num_steps", "num_known"), [(16, 5, 0), (64, 64, 0), (64, 63, 0), (256, 64, 100)]
+)
+@pytest.mark.parametrize("num_buckets", [1, 3, 8])
+def test_buckets_hold_every_step(length, num_steps, num_known, num_buckets):
+    ends = sampling.step_ends(length, num_steps, num_known=num_known)
+    starts = np.append(num_known, ends[:-1])
+    buckets = cut(ends, num_buckets, num_known)
+    steps = [step for bucket in buckets for step in range(bucket.start, bucket.stop)]
+    assert steps == list(range(num_steps))
+    for bucket in buckets:
+        for step in range(bucket.start, bucket.stop):
+            assert starts[step] <= bucket.num_slots
+            assert ends[step] - starts[step] <= bucket.num_drawn
+            assert starts[step] + bucket.num_drawn <= length
+
+
+def test_buckets_waste_as_little_as_can_be():
+    ends = [1, 2, 4, 7, 11, 16]
+    starts, due = [0, *ends[:-1]], np.diff([0, *ends])
+
+    def work(edges):
+        return sum(
+            (j - i) * (3 * starts[j - 1] + 2 * due[i:j].max()) for i, j in itertools.pairwise(edges)
+        )
+
+    for num_buckets in (1, 2, 3, 6):
+        buckets = cut(ends, num_buckets)
+        assert len(buckets) <= num_buckets
+        cuts = itertools.combinations(range(1, len(ends)), num_buckets - 1)
+        best = min(work((0, *places, len(ends))) for places in cuts)
+        assert work([*(b.start for b in buckets), len(ends)]) == best
+
+
+# Sampling.
+
+
+def unrolled(params, loop):
+    """The same draws step after step, with the shapes each step really needs."""
+    rngs = jax.vmap(jax.random.split)(
+        jax.vmap(jax.random.fold_in, (None, 0))(RNG, jnp.arange(len(LABEL)))
+    )
+    rank = jnp.stack([jax.random.uniform(rng, (LENGTH,)) for rng in rngs[:, 0]])
+    order = jnp.argsort(rank, axis=-1)
+    tokens = jnp.zeros((len(LABEL), LENGTH, CHANNELS))
+    ends = sampling.step_ends(LENGTH, loop.num_ar_steps).tolist()
+    null = jnp.full_like(LABEL, NETWORK.num_classes)
+    for start, end in itertools.pairwise([0, *ends]):
+
+        def condition(label, start=start, end=end, tokens=tokens):
+            encoded = apply(
+                params, tokens[:, :start], order[:, :start], label, start, method=mar.MAR.encode
+            )
+            return apply(params, encoded, order, start, method=mar.MAR.decode)[:, start:end]
+
+        conditional, unconditional = condition(LABEL), condition(null)
+        share = min(end, LENGTH - 1) / LENGTH
+        weight = 1.0 + (loop.guidance_scale - 1.0) * share
+        noise = jnp.stack(
+            [
+                jnp.stack(
+                    [
+                        jax.random.normal(
+                            jax.random.fold_in(rng, i), (loop.solver.num_evaluations + 1, CHANNELS)
+                        )
+                        for i in range(start, end)
+                    ],
+                    axis=1,
+                )
+                for rng in rngs[:, 1]
+            ],
+            axis=1,
+        )
+
+        def denoise(x, t, conditional=conditional, unconditional=unconditional, weight=weight):
+            a, b = (
+                apply(params, x, t, cond, method=mar.MAR.denoise)
+                for cond in (conditional, unconditional)
+            )
+            predicted, v = jnp.split(a, 2, axis=-1)
+            plain = jnp.split(b, 2, axis=-1)[0]
+            return jnp.concatenate([plain + weight * (predicted - plain), v], axis=-1)
+
+        drawn = loop.solver(denoise, noise[0], noise[1:])
+        tokens = tokens.at[:, start:end].set(drawn)
+    return mar.in_grid(tokens, order)
+
+
+def test_buckets_equal_an_unrolled_loop(params, guided):
+    loop = sampler(guidance_scale=2.0)
+    reference = jax.jit(lambda params: unrolled(params, loop))(params)
+    np.testing.assert_allclose(guided, reference, rtol=2e-4, atol=2e-5)
+
+
+def test_the_number_of_buckets_changes_nothing(params, plain):
+    other = draw(params, sampler(num_buckets=4)).tokens.latents
+    np.testing.assert_allclose(other, plain, rtol=2e-4, atol=2e-5)
+
+
+def test_guidance_of_one_is_none(params, plain):
+    """A doubled batch with weight 1 draws what the conditional rows alone draw."""
+    loop = sampler(guidance_scale=1.0 + 1e-7)
+    assert loop.guided
+    np.testing.assert_allclose(draw(params, loop).tokens.latents, plain, rtol=2e-4, atol=2e-5)
+
+
+def test_a_row_does_not_depend_on_its_batch(params, plain):
+    loop = sampler()
+
+    @jax.jit
+    def one(params, label, row):
+        return loop(params, RNG, label, refiner=refiners.Identity(), first_row=row).tokens.latents
+
+    np.testing.assert_allclose(one(params, LABEL[2:3], 2), plain[2:3], rtol=2e-4, atol=2e-5)
+
+
+def test_known_tokens_stay_and_the_rest_is_drawn(params, latents):
+    mask = jnp.zeros((len(LABEL), LENGTH), bool).at[:, jnp.array([1, 2, 7, 11, 12])].set(True)
+    known = sampling.Known(latents, mask)
+    loop = sampler(num_known=5, num_ar_steps=3)
+
+    @jax.jit
+    def run(params, known):
+        return loop(params, RNG, LABEL, refiner=refiners.Identity(), known=known).tokens.latents
+
+    drawn = run(params, known)
+    np.testing.assert_array_equal(drawn[mask], latents[mask])
+    assert (jnp.abs(drawn - latents)[~mask] > 1e-6).all()
+    # What is given is looked at.
+    other = run(params, sampling.Known(latents + 1.0, mask))
+    assert (jnp.abs(other - drawn)[~mask] > 1e-4).any()
+
+
+def test_known_tokens_and_their_number_go_together(params, latents):
+    known = sampling.Known(latents, jnp.zeros((len(LABEL), LENGTH), bool))
+    with pytest.raises(ValueError, match="num_known is 0: pass `known` if and only if"):
+        sampler()(params, RNG, LABEL, refiner=refiners.Identity(), known=known)
+    with pytest.raises(ValueError, match="16 of 16 tokens are known: leave at least one"):
+        sampler(num_known=LENGTH, num_ar_steps=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """Adds the slot to every condition, and counts calls."""
+
+    def init(self, label):
+        return jnp.zeros((), jnp.int32)
+
+    def __call__(self, cond, state, *, slot, label):
+        return cond + 0.01 * slot, state + 1
+
+
+def test_the_refiner_moves_every_drawn_condition(params, plain):
+    loop = sampler(num_buckets=4, trace=True)
+    sampled = draw(params, loop, Counting())
+    assert sampled.refiner_state == LENGTH  # 4 buckets: no step draws more than is due
+    drawn, refined = sampled.cond
+    assert drawn.shape == (len(LABEL), 4, 16)
+    np.testing.assert_allclose(
+        refined - drawn, jnp.broadcast_to(0.01 * jnp.arange(4)[:, None], drawn.shape), atol=1e-6
+    )
+    assert jnp.abs(plain - sampled.tokens.latents).max() > 1e-4
+
+
+def test_without_refinement_the_sampler_is_the_plain_one(params, plain):
+    """Bit for bit the sampler into which no refiner was ever built."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sampling, "refine_columns", lambda cond, *_, **__: (cond, None))
+        np.testing.assert_array_equal(draw(params, sampler()).tokens.latents, plain)
+
+
+def test_one_program_and_no_transfer(params):
+    """All steps run from one compiled program that reads nothing from the host."""
+    loop = sampler()
+    run = jax.jit(lambda params, rng, label: loop(params, rng, label, refiner=refiners.Identity()))
+    first = run(params, RNG, LABEL)
+    other = jax.random.key(9)
+    with jax.transfer_guard("disallow"):
+        again = run(params, RNG, LABEL)
+        run(params, other, LABEL)
+    np.testing.assert_array_equal(first.tokens.latents, again.tokens.latents)
+    assert run._cache_size() == 1
+
+
+def test_conditions_are_those_of_real_prefixes(params, latents):
+    """At slot 0 nothing is visible, so that only the class and the position can be known."""
+    conditions = jax.jit(GENERATOR.conditions)
+    cond = conditions(params, types.Tokens(latents=latents), LABEL, RNG)
+    assert cond.shape == (len(LABEL), 3, 16)
+    other = conditions(params, types.Tokens(latents=-latents), LABEL, RNG)
+    np.testing.assert_allclose(cond[:, 0], other[:, 0], atol=1e-6)
+    assert jnp.abs(cond[:, 1:] - other[:, 1:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("size", ["B", "L", "H"])
+def test_official_sizes(size):
+    """As many parameters as models/mar.py has at that commit, counted there in PyTorch."""
+    counts = {"B": 207_924_768, "L": 478_326_304, "H": 942_403_104}
+    sizes = dict(mar.SIZES[size])
+    head = diffusion_head.DiffusionHead(16, sizes.pop("head_depth"), sizes.pop("head_width"))
+    both = {f"{part}_{name}": x for part in ("encoder", "decoder") for name, x in sizes.items()}
+    network = mar.MAR(grid=(16, 16), num_classes=1000, head=head, **both)
+    shapes = jax.eval_shape(mar.Generator(network, COSINE).init, jax.random.key(0))
+    assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(nn.unbox(shapes))) == counts[size]
