@@ -44,7 +44,7 @@ FREE_KEYS = (
     "training.checkpoint_every",
     "training.checkpoints_kept",
 )
-IMAGES_PER_ATOM = 4  # read to fill a bank, at most: a group's ring is then full whatever the order
+IMAGES_PER_ATOM = 8  # read to fill a bank, at most: a group's ring is then full whatever the order
 CONDITIONS_SEED = 0  # of the orders in which MAR's conditions are met
 CONDITIONS_BATCH = 128
 CALIBRATION_SEED = 1000  # apart from the small seeds people sample with

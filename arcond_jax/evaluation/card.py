@@ -123,7 +123,9 @@ class EvaluationCard:
                 "guidance": f"{settings.guidance_scale:g}, {settings.guidance_schedule}",
                 "temperature": f"codes {_or_dash(settings.code_temperature)}, "
                 f"latents {_or_dash(settings.latent_temperature)}",
-                "head evaluations": f"{settings.num_head_evaluations} per token",
+                "decoding steps": _or_dash(settings.num_ar_steps),
+                "head evaluations": f"{settings.num_head_evaluations} per token, "
+                f"{_or_dash(settings.solver)}",
                 "refinement": refinement,
             },
             "Measured with": {
@@ -312,5 +314,7 @@ def _subset(features: Float[np.ndarray, "n d"], num_rows: int) -> Float[np.ndarr
     return features[np.random.default_rng(SUBSET_SEED).permutation(len(features))[:num_rows]]
 
 
-def _or_dash(value: float | None) -> str:
+def _or_dash(value: float | str | None) -> str:
+    if isinstance(value, str):
+        return value
     return "-" if value is None else f"{value:g}"

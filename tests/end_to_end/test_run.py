@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 from arcond_jax import build, checkpoint, run, sharding
+from arcond_jax import config as config_lib
 from arcond_jax.training import state as state_lib
 from arcond_jax.training import writer
 from arcond_jax.transport import refiners
@@ -80,6 +81,7 @@ def test_stopped_by_sigterm_and_resumed_is_uninterrupted(finished, tmp_path):
     assert_same_run(workdir, finished)
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_is_uninterrupted(finished, tmp_path):
     workdir = tmp_path / "run"
     killed = train_interrupted(workdir, signal_number=signal.SIGKILL, at_batch=5)
@@ -130,7 +132,7 @@ def test_a_completed_run_returns_at_once(finished, monkeypatch):
 
 def test_what_a_run_writes(finished):
     config = json.loads((finished / "config.json").read_text())
-    assert build.flat(build.config_from_dict(config)) == build.flat(tiny.config())
+    assert config_lib.flat(config_lib.from_dict(config)) == config_lib.flat(tiny.config())
     assert {path.name for path in finished.iterdir()} == {
         "checkpoints",
         "config.json",

@@ -15,6 +15,8 @@ from arcond_jax.models import dit
 from arcond_jax.sampling import grid
 from arcond_jax.transport import refiners
 
+pytestmark = pytest.mark.slow  # minutes of compilation; tests/parity holds the arithmetic
+
 SETTINGS = dict(grid=(2, 3), channels=4, num_classes=3, depth=2, width=16, num_heads=2)
 NETWORK = dit.DiT(**SETTINGS)
 PROCESS = schedule.Schedule.cosine()

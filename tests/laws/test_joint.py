@@ -105,6 +105,7 @@ def test_loss_is_linear_in_its_weights(joint_params, tokens):
     np.testing.assert_allclose(metrics["loss_tensor"], tensor, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_loss_trains_its_own_head_and_both_train_the_backbone(joint_params, tokens):
     def parts(params):
         metrics = PLAIN.loss(params, tokens, LABEL, RNG)[1]

@@ -16,6 +16,8 @@ from arcond_jax.sampling import codes as codes_lib
 from arcond_jax.tokenizers import lfq
 from arcond_jax.transport import refiners
 
+pytestmark = pytest.mark.slow  # minutes of compilation; tests/parity holds the arithmetic
+
 SIZES, NUM_CLASSES, LENGTH, BATCH = (4, 8), 3, 6, 5
 BACKBONE = gpt.GPT(depth=2, width=16, num_heads=2, grid=(2, 3), mlp_hidden=32)
 NETWORK = magvit2.MAGVIT2(

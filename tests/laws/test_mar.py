@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import resource
+import time
 
 import flax.linen as nn
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from arcond_jax import types
+from arcond_jax import build, types
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.diffusion import solvers
 from arcond_jax.models import diffusion_head, mar
@@ -173,6 +175,7 @@ def test_dropout_acts_in_training_alone(params, latents):
     assert jnp.abs(a - plain).max() > 0.01 and jnp.abs(a - b).max() > 0.01
 
 
+@pytest.mark.slow
 def test_the_loss_falls(latents):
     tokens = types.Tokens(latents=latents)
     params = nn.unbox(jax.jit(GENERATOR.init)(jax.random.key(0)))
@@ -324,6 +327,7 @@ def test_buckets_equal_an_unrolled_loop(params, guided):
     np.testing.assert_allclose(guided, reference, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_number_of_buckets_changes_nothing(params, plain):
     other = draw(params, sampler(num_buckets=4)).tokens.latents
     np.testing.assert_allclose(other, plain, rtol=2e-4, atol=2e-5)
@@ -434,3 +438,20 @@ def test_official_sizes(size):
     network = mar.MAR(grid=(16, 16), num_classes=1000, head=head, **both)
     shapes = jax.eval_shape(mar.Generator(network, COSINE).init, jax.random.key(0))
     assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(nn.unbox(shapes))) == counts[size]
+
+
+@pytest.mark.slow
+def test_a_full_mar_b_runs():
+    """Loss and conditions of one image at the published size; prints time and peak memory."""
+    config = build.load_config("mar_base_imagenet256", ["training.dtype=float32"])
+    generator = build.generator(config)
+    params = nn.unbox(jax.jit(generator.init)(jax.random.key(0)))
+    tokens = types.Tokens(latents=jax.random.normal(RNG, (1, 256, 16)))
+    loss = jax.jit(generator.loss).lower(params, tokens, LABEL[:1], RNG).compile()
+    start = time.perf_counter()
+    value, _ = loss(params, tokens, LABEL[:1], RNG)
+    # The head starts at zero: it predicts no noise and the variance in the middle of its range.
+    assert 0.9 < float(value) < 1.5
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"MAR-B loss: {time.perf_counter() - start:.1f} s, peak {peak:.2f} GiB")
+    assert peak < 8

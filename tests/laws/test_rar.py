@@ -15,6 +15,8 @@ from arcond_jax.models import rar
 from arcond_jax.sampling import codes as codes_lib
 from arcond_jax.transport import refiners
 
+pytestmark = pytest.mark.slow  # minutes of compilation; tests/parity holds the arithmetic
+
 NUM_CODES, NUM_CLASSES, LENGTH, BATCH = 11, 3, 6, 5
 NETWORK = rar.RAR(
     grid=(2, 3),

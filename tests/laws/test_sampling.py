@@ -176,6 +176,7 @@ def test_guidance_does_nothing_without_a_class(params):
     assert np.any(classes.tokens.codes != plain(params, RNG, LABEL, IDENTITY, 0).tokens.codes)
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_draw_the_same(params):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     init = functools.partial(JOINT.init, method=Joint.touch_all)
@@ -305,6 +306,7 @@ def test_power_cosine_guidance_rises_from_one_to_its_scale():
         np.testing.assert_allclose(filters.power_cosine_weight(5.0, 0.0, share), 5.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_guidance_ends_where_it_is_told_to(params):
     def codes(positions, scale=SCALE):
         sampler = dataclasses.replace(

@@ -63,7 +63,11 @@ def on_one_device(config, tokenizer, first_state):
 
 @pytest.mark.parametrize(
     "name",
-    ["data=8", pytest.param("fsdp=8", marks=pytest.mark.slow), "data=2 fsdp=2 tensor=2"],
+    [
+        pytest.param("data=8", marks=pytest.mark.slow),
+        pytest.param("fsdp=8", marks=pytest.mark.slow),
+        "data=2 fsdp=2 tensor=2",
+    ],
 )
 def test_three_steps_are_those_of_one_device(name, config, tokenizer, first_state, on_one_device):
     state, log = three_steps(config, tokenizer, first_state, make_mesh(name))
@@ -168,6 +172,7 @@ def test_images_are_the_same_on_one_device_and_eight(config, tokenizer, first_st
     np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_drawn_whole(config, tokenizer, first_state):
     mesh = make_mesh("data=8")
     state = place(first_state, config, mesh)

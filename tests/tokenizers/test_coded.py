@@ -9,6 +9,8 @@ from arcond_jax import types
 from arcond_jax.nn import codebook, conv
 from arcond_jax.tokenizers import lfq, maskgit_vq, network, vq
 
+pytestmark = pytest.mark.slow  # minutes of compilation; tests/parity holds the arithmetic
+
 HEIGHT, WIDTH = 8, 16
 SMALL = dict(width=32, multipliers=(1, 2), num_blocks=1)
 NETWORKS = {
