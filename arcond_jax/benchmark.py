@@ -1,10 +1,11 @@
-"""How long sampling takes, where the time goes, and how much arithmetic that is.
+"""How long sampling takes, where the time goes, and how much work that is at least.
 
 Programs are compiled first and then run in turns, so that a busy moment of the machine does not
-fall on one of them. Only ratios of one run mean something. Operations are counted from shapes.
+fall on one of them. Only ratios of one run mean something. Work is counted from shapes.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,8 +18,23 @@ from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import build, sharding, types
 from arcond_jax.models import mar
+from arcond_jax.nn import mlp
+from arcond_jax.sampling import causal
 from arcond_jax.sampling import mar as mar_sampling
 from arcond_jax.transport import refiners
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program has to do at least.
+
+    Attributes:
+      operations: Multiplications and additions of matrix products, padding included.
+      bytes_read: Weights and caches, read once for every step that needs them; None if not counted.
+    """
+
+    operations: float
+    bytes_read: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +45,15 @@ class Timing:
       name: Of the sampler, or of a part of it.
       batch_size: Images at once.
       seconds: Of each run.
-      operations: Floating-point operations of a run, counted from shapes; None if not known.
+      peak_bytes: Arguments, results and everything between them, as the compiler lays them out.
+      work: None if not counted.
     """
 
     name: str
     batch_size: int
     seconds: tuple[float, ...]
-    operations: float | None
+    peak_bytes: int
+    work: Work | None
 
     @property
     def seconds_per_image(self) -> float:
@@ -44,7 +62,14 @@ class Timing:
     @property
     def gflops(self) -> float | None:
         """Billions of operations a second."""
-        return None if self.operations is None else self.operations / min(self.seconds) / 1e9
+        return None if self.work is None else self.work.operations / min(self.seconds) / 1e9
+
+    @property
+    def gigabytes_per_second(self) -> float | None:
+        """Of weights and caches read."""
+        if self.work is None or self.work.bytes_read is None:
+            return None
+        return self.work.bytes_read / min(self.seconds) / 1e9
 
 
 def measure(
@@ -59,7 +84,8 @@ def measure(
     Args:
       configs: By name; they may differ in the section `sampling` alone.
       num_runs: Of every program; the fastest counts.
-      split: Also time encoder, decoder and head of the first sampler alone, where it is MAR's.
+      split: Also time the parts of the first sampler alone: encoder, decoder and head of MAR, and
+        the tokenizer's decoder.
     """
     first = next(iter(configs.values()))
     mesh = build.mesh(first)
@@ -67,36 +93,86 @@ def measure(
     params = nn.unbox(init(jax.random.key(0)))
     timings = []
     for batch_size in batch_sizes:
-        programs = {}
-        for number, (name, config) in enumerate(configs.items()):
+        programs: dict[str, Program] = {}
+        for name, config in configs.items():
             loop = build.sampler(config)
-            programs[name] = (_sampler(loop), None)
+            programs[name] = Program(_sampler(loop), sampling_work(loop, batch_size))
+            if not split or config is not first:
+                continue
             if isinstance(loop, mar_sampling.MARSampler):
-                parts = mar_parts(loop)
                 counts = mar_operations(loop, batch_size)
-                programs[name] = (_sampler(loop), sum(counts.values()))
-                if split and number == 0:
-                    programs |= {
-                        f"{name}: {part}": (function, counts[part])
-                        for part, function in parts.items()
-                    }
+                for part, function in mar_parts(loop).items():
+                    programs[f"{name}: {part}"] = Program(function, Work(counts[part]))
         label = jnp.zeros(batch_size, jnp.int32)
         timings += _in_turns(programs, (params, jax.random.key(1), label), num_runs=num_runs)
+        if split and first.tokenizer.name != "patches":
+            timings.append(_decoding(first, batch_size, num_runs=num_runs))
     return timings
 
 
-def _sampler(loop: Any) -> Callable[..., Any]:
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function to compile, and what it has to do."""
+
+    function: Callable[..., Any]
+    work: Work | None = None
+
+
+def _sampler(loop: build.Sampler) -> Callable[..., Any]:
     def run(params: types.Params, rng: Key[Array, ""], label: Int[Array, " b"]) -> Any:
-        return loop(params, rng, label, refiner=refiners.Identity()).tokens.latents
+        return loop(params, rng, label, refiner=refiners.Identity()).tokens
 
     return run
 
 
-def _in_turns(
-    programs: dict[str, tuple[Callable[..., Any], float | None]], args: tuple, *, num_runs: int
-) -> list[Timing]:
+def _decoding(config: build.Config, batch_size: int, *, num_runs: int) -> Timing:
+    """The tokenizer's decoder alone, with random weights."""
+    network, abstract = build.tokenizer_network(config), build.abstract_trained(config)
+    image = jnp.zeros((1, *build.image_shape(config)))
+    fitted = dataclasses.replace(
+        abstract, params=nn.unbox(jax.jit(network.init)(jax.random.key(0), image))["params"]
+    )
+    length = math.prod(build.grid(config))
+    if build.has_codes(config):
+        tokens = types.Tokens(codes=jnp.zeros((batch_size, length), jnp.int32))
+    else:
+        channels = build.token_channels(config)
+        tokens = types.Tokens(latents=jnp.zeros((batch_size, length, channels)))
+    name = f"{config.name}: decoding"
+    programs = {name: Program(lambda fitted, tokens: fitted.decode(tokens))}
+    return _in_turns(programs, (fitted, tokens), num_runs=num_runs)[0]
+
+
+def sampling_work(loop: build.Sampler, batch_size: int) -> Work | None:
+    """What a sampler has to do; None for those that are not counted."""
+    if isinstance(loop, mar_sampling.MARSampler):
+        return Work(sum(mar_operations(loop, batch_size).values()))
+    if isinstance(loop, causal.CausalSampler) and loop.solver is None and loop.network.window == 1:
+        return code_work(loop, batch_size)
+    return None
+
+
+def code_work(loop: causal.CausalSampler, batch_size: int) -> Work:
+    """Of LlamaGen: every token passes all weights, and looks at a cache of full length."""
+    network, gpt = loop.network, loop.network.backbone
+    rows = batch_size * (2 if loop.guided else 1)
+    kv_heads = gpt.num_kv_heads or gpt.num_heads
+    head_dim = gpt.width // gpt.num_heads
+    hidden = gpt.mlp_hidden or mlp.swiglu_hidden(gpt.width)
+    projections = gpt.width * (2 * gpt.width + 2 * kv_heads * head_dim) + 3 * gpt.width * hidden
+    weights = gpt.depth * projections + gpt.width * (network.num_codes or 0)
+    attention = 2 * gpt.depth * gpt.length * gpt.width
+    cached = 2 * gpt.depth * rows * gpt.length * kv_heads * head_dim
+    itemsize = jnp.dtype(gpt.dtype).itemsize
+    return Work(
+        operations=2.0 * network.length * rows * (weights + attention),
+        bytes_read=float(network.length * (weights + cached) * itemsize),
+    )
+
+
+def _in_turns(programs: dict[str, Program], args: tuple, *, num_runs: int) -> list[Timing]:
     compiled = {
-        name: jax.jit(function).lower(*args).compile() for name, (function, _) in programs.items()
+        name: jax.jit(program.function).lower(*args).compile() for name, program in programs.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(num_runs):
@@ -104,11 +180,16 @@ def _in_turns(
             start = time.perf_counter()
             jax.block_until_ready(program(*args))
             seconds[name].append(time.perf_counter() - start)
-    batch_size = len(args[-1])
+    batch_size = len(jax.tree.leaves(args[-1])[0])
     return [
-        Timing(name, batch_size, tuple(seconds[name]), operations)
-        for name, (_, operations) in programs.items()
+        Timing(name, batch_size, tuple(seconds[name]), _peak_bytes(compiled[name]), program.work)
+        for name, program in programs.items()
     ]
+
+
+def _peak_bytes(program: Any) -> int:
+    sizes = program.memory_analysis()
+    return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
 
 
 def mar_parts(loop: mar_sampling.MARSampler) -> dict[str, Callable[..., Any]]:

@@ -5,14 +5,30 @@ to with the official sampling preset in its `sampling` section, and where they c
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
-import jax
 
 from arcond_jax import build, checkpoint, types
-from arcond_jax.convert import files, kl16, mar, table
+from arcond_jax.convert import (
+    files,
+    kl16,
+    lfq,
+    llamagen,
+    magvit2,
+    mar,
+    maskgit_vq,
+    rar,
+    table,
+    vq16,
+)
+from arcond_jax.models import captioned
+
+LLAMAGEN_SIZES = ("b", "l", "xl", "xxl", "3b")
+LLAMAGEN_PREFIXES = {"llamagen": 1, "llamagen_t2i": captioned.NUM_PREFIX}  # places before the grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,40 +41,81 @@ class Family:
       abstract: Shapes of the parameters for a config.
       ema, raw: Entries of a checkpoint under which the averaged and the last weights lie.
       ignored: Prefixes of names that are no weights of the model.
+      kind: "model", or the `tokenizer.name` of the configs that use it.
+      averaged: Picks the averages from a state dict that holds both kinds of weights.
     """
 
     configs: tuple[str, ...]
     rows: Callable[[build.Config], list[table.Row]]
     abstract: Callable[[build.Config], types.Params]
-    ema: tuple[str, ...]
-    raw: tuple[str, ...]
+    ema: tuple[str, ...] = ("model", "state_dict")
+    raw: tuple[str, ...] = ("model", "state_dict")
     ignored: tuple[str, ...] = ()
+    kind: str = "model"
+    averaged: Callable[[list[table.Row], table.StateDict], table.StateDict] | None = None
 
 
 def _model_shapes(config: build.Config) -> types.Params:
-    return nn.unbox(jax.eval_shape(build.generator(config).init, jax.random.key(0)))
+    return nn.unbox(build.abstract_params(config))
+
+
+def _tokenizer_shapes(config: build.Config) -> types.Params:
+    return build.abstract_trained(config).params
+
+
+def _model(rows: Callable[[Any], list[table.Row]], configs: tuple[str, ...], **more: Any) -> Family:
+    return Family(configs, lambda config: rows(build.network(config)), _model_shapes, **more)
+
+
+def _tokenizer(
+    kind: str, rows: Callable[[Any], list[table.Row]], *variants: str, **more: Any
+) -> Family:
+    return Family(
+        tuple(f"tokenizers:{variant}" for variant in variants),
+        lambda config: rows(build.tokenizer_network(config)),
+        _tokenizer_shapes,
+        kind=kind,
+        **more,
+    )
 
 
 FAMILIES = {
-    "mar": Family(
-        configs=(
+    "mar": _model(
+        mar.rows,
+        (
             "mar_base_imagenet256",
             "mar_large_imagenet256",
             "mar_huge_imagenet256",
             "mar_large_imagenet512",
         ),
-        rows=lambda config: mar.rows(build.mar_network(config)),
-        abstract=_model_shapes,
         ema=("model_ema",),
         raw=("model",),
     ),
-    "kl16": Family(
-        configs=("mar_base_imagenet256",),
-        rows=lambda config: kl16.rows(build.kl_network(config)),
-        abstract=lambda config: build.abstract_kl(config).params,
-        ema=("model", "state_dict"),
-        raw=("model", "state_dict"),
-        ignored=kl16.IGNORED,
+    "llamagen": _model(
+        llamagen.rows,
+        tuple(f"llamagen_{size}_{pixels}" for pixels in (256, 384) for size in LLAMAGEN_SIZES),
+        ema=("model", "module", "state_dict"),
+        raw=("model", "module", "state_dict"),
+        ignored=llamagen.IGNORED,
+    ),
+    "llamagen_t2i": _model(
+        llamagen.captioned_rows,
+        ("llamagen_t2i_xl_256", "llamagen_t2i_xl_512"),
+        ema=("model", "module", "state_dict"),
+        raw=("model", "module", "state_dict"),
+        ignored=llamagen.IGNORED,
+    ),
+    "rar": _model(rar.rows, ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
+    "magvit2": _model(
+        lambda network: magvit2.rows(network, magvit2.PREFIX),
+        ("magvit2_b", "magvit2_l", "magvit2_xl"),
+        ignored=magvit2.IGNORED,
+    ),
+    "kl16": _tokenizer("kl", kl16.rows, "kl16", ignored=kl16.IGNORED),
+    "vq": _tokenizer("vq", vq16.rows, "vq16", "vq8", ignored=vq16.IGNORED),
+    "maskgit_vq": _tokenizer("maskgit_vq", maskgit_vq.rows, "maskgit_vq"),
+    "lfq": _tokenizer(
+        "lfq", lfq.rows, "lfq256", "lfq128", ignored=lfq.IGNORED, averaged=lfq.averaged
     ),
 }
 
@@ -90,13 +147,17 @@ def convert(
     if (out / build.WEIGHTS).exists():
         raise checkpoint.CheckpointError(f"{out} holds weights already: use another directory")
     wanted, others = (made.ema, made.raw) if weights == "ema" else (made.raw, made.ema)
-    state = files.load_state(source, containers=wanted, others=others, ignored=made.ignored)
-    found = config or _matching_config(made, source, state)
+    held = files.load_state(source, containers=wanted, others=others)
+    _check_pixels(family, source, held, config)
     try:
-        params = table.to_ours(made.rows(found), state, made.abstract(found))
+        found = config or _matching_config(family, source, held, weights)
+        params = table.to_ours(
+            made.rows(found), _selected(family, found, held, weights), made.abstract(found)
+        )
     except table.ConvertError as error:
         raise table.ConvertError(f"{source}: {error}") from None
     if tokenizer is not None:
+        _check_tokenizer(found, tokenizer)
         found.tokenizer.path = str(tokenizer.absolute())
     metadata = {
         "config": found.to_dict(),
@@ -120,17 +181,94 @@ def family_of(config: build.Config) -> str:
     Raises:
       build.ConfigError: It has no official counterpart.
     """
-    if config.backbone != "mar":
-        raise build.ConfigError(f"backbone {config.backbone} has no official format to export to")
+    alone = config.loss.w_diffusion == 0 and config.tensorar.window == 1
+    if config.backbone == "gpt" and alone and not config.gpt.qk_norm:
+        return "llamagen"
+    if config.backbone == "captioned" and not config.gpt.qk_norm:
+        return "llamagen_t2i"
+    if config.backbone not in ("mar", "rar", "magvit2"):
+        raise build.ConfigError(
+            f"config {config.name} of backbone {config.backbone} has no official format to export "
+            "to"
+        )
     return config.backbone
 
 
-def _matching_config(family: Family, source: pathlib.Path, state: table.StateDict) -> build.Config:
-    shapes = {name: x.shape for name, x in state.items()}
-    for name in family.configs:
+def _selected(
+    family: str, config: build.Config, held: table.StateDict, weights: str
+) -> table.StateDict:
+    """What of a state dict the table of a config is about."""
+    made = FAMILIES[family]
+    if made.averaged is not None and weights == "ema":
+        return made.averaged(made.rows(config), held)
+    return {name: x for name, x in held.items() if not name.startswith(made.ignored)}
+
+
+def _matching_config(
+    family: str, source: pathlib.Path, held: table.StateDict, weights: str
+) -> build.Config:
+    """The shipped config whose shapes are those of the weights.
+
+    Where weights for two image sizes have the same shapes, the name of the file decides, as
+    released files name the size.
+    """
+    made, fitting = FAMILIES[family], []
+    for name in made.configs:
         config = build.load_config(name)
-        if table.their_shapes(family.rows(config), family.abstract(config)) == shapes:
-            return config
-    raise table.ConvertError(
-        f"{source}: the weights fit none of {', '.join(family.configs)}: give their --config"
-    )
+        try:
+            state = _selected(family, config, held, weights)
+        except table.ConvertError:  # averages of another size
+            continue
+        shapes = {key: x.shape for key, x in state.items()}
+        if table.their_shapes(made.rows(config), made.abstract(config)) == shapes:
+            fitting.append(config)
+    if len(fitting) > 1:
+        pixels = _pixels(family, source, held)
+        fitting = [c for c in fitting if c.data.image_size == pixels] or fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    names = ", ".join(c.name for c in fitting) or f"none of {', '.join(made.configs)}"
+    raise table.ConvertError(f"the weights fit {names}: give their --config")
+
+
+def _pixels(family: str, source: pathlib.Path, held: table.StateDict) -> int | None:
+    """Edge of the images that LlamaGen's weights are for, where the file tells; else None.
+
+    By the table of positions that early checkpoints hold, or by the name.
+    """
+    if family not in LLAMAGEN_PREFIXES:
+        return None
+    positions = held.get(llamagen.POSITIONS)
+    if positions is not None:
+        return llamagen.STRIDE * math.isqrt(len(positions) - LLAMAGEN_PREFIXES[family])
+    named = [size for size in (256, 384, 512) if str(size) in source.stem]
+    return named[0] if len(named) == 1 else None
+
+
+def _check_pixels(
+    family: str, source: pathlib.Path, held: table.StateDict, config: build.Config | None
+) -> None:
+    pixels = _pixels(family, source, held)
+    if config is not None and pixels not in (None, config.data.image_size):
+        raise table.ConvertError(
+            f"{source}: the weights are for images of {pixels} pixels, config {config.name} for "
+            f"{config.data.image_size}: take the config of that size"
+        )
+
+
+def _check_tokenizer(config: build.Config, folder: pathlib.Path) -> None:
+    """Codes or latents of another tokenizer would be read as noise."""
+    known = checkpoint.load_metadata(str(folder / build.WEIGHTS))
+    family, name = known["family"], config.tokenizer.name
+    if FAMILIES[family].kind != name:
+        raise build.ConfigError(
+            f"{folder} holds {family}, the model {config.name} needs a tokenizer {name}"
+        )
+    saved = known["config"][name]
+    for key, value in config[name].to_dict().items():
+        theirs = tuple(saved[key]) if isinstance(value, tuple | list) else saved[key]
+        if theirs != (tuple(value) if isinstance(value, tuple | list) else value):
+            raise build.ConfigError(
+                f"{folder} holds a tokenizer with {name}.{key} {theirs}, the model {config.name} "
+                f"needs {value}"
+            )

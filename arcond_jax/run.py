@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from arcond_jax import build, checkpoint, sharding, types
 from arcond_jax import config as config_lib
 from arcond_jax.data import images, pipeline
-from arcond_jax.evaluation import card
+from arcond_jax.evaluation import card, npz
 from arcond_jax.evaluation import classifier as classifier_lib
-from arcond_jax.models import dit
+from arcond_jax.models import captioned, dit
 from arcond_jax.sampling import mar as mar_sampling
 from arcond_jax.sampling import sampled as sampled_lib
 from arcond_jax.training import loop
@@ -43,6 +43,17 @@ FREE_KEYS = (
     "training.samples_every",
     "training.checkpoint_every",
     "training.checkpoints_kept",
+)
+# Of the section `sampling`: what a card says only where it is set.
+OTHER_SETTINGS = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "guided_positions",
+    "later_guidance_scale",
+    "later_code_temperature",
+    "clip_latents",
+    "warm_start",
 )
 IMAGES_PER_ATOM = 8  # read to fill a bank, at most: a group's ring is then full whatever the order
 CONDITIONS_SEED = 0  # of the orders in which MAR's conditions are met
@@ -75,6 +86,7 @@ def train(
       loop.DivergedError: The gradients stopped being finite.
     """
     # What a config can get wrong shows before anything is written.
+    build.check_trained(config)
     mesh = build.mesh(config)
     iterator = pipeline.train_iterator(
         build.source(config, "train"),
@@ -208,7 +220,7 @@ def params_of(workdir: pathlib.Path, config: build.Config, mesh: Mesh) -> types.
     """The parameters that a directory is sampled with, in the places of the mesh."""
     if not is_converted(workdir):
         return restore(workdir).params
-    abstract = state_lib.abstract_on(build.abstract_state(config), mesh).params
+    abstract = state_lib.abstract_on(build.abstract_params(config), mesh)
     return build.load_weights(str(workdir), abstract)
 
 
@@ -334,6 +346,56 @@ def known_tokens(
     return mar_sampling.Known(latents=latents, given=jnp.asarray(given))
 
 
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    """Encoded captions; `valid` is False at their padding, which comes first."""
+
+    embedding: Float32[np.ndarray, "n prefix caption_width"]
+    valid: Bool[np.ndarray, "n prefix"]
+
+
+def read_captions(path: pathlib.Path, config: build.Config) -> Captions:
+    """Reads what `arcond captions` wrote.
+
+    Raises:
+      build.ConfigError: They are not captions of the model.
+      FileNotFoundError, ValueError: No such file, or damaged.
+    """
+    arrays = npz.read(path, what="file of captions")
+    missing = {"embedding", "valid"} - arrays.keys()
+    if missing:
+        raise build.ConfigError(f"{path} is no file of captions: it lacks {', '.join(missing)}")
+    embedding, valid = arrays["embedding"], arrays["valid"]
+    size = (config.captioned.num_prefix, config.captioned.caption_width)
+    if embedding.ndim != 3 or embedding.shape[1:] != size or len(embedding) == 0:
+        raise build.ConfigError(
+            f"{path}: embedding is {list(embedding.shape)}, the model needs [n, {size[0]}, "
+            f"{size[1]}] of at least one caption"
+        )
+    if valid.shape != embedding.shape[:2] or valid.dtype != np.bool_:
+        raise build.ConfigError(
+            f"{path}: valid is {valid.dtype} {list(valid.shape)}, the captions need bool "
+            f"{list(embedding.shape[:2])}"
+        )
+    if not np.issubdtype(embedding.dtype, np.floating) or not np.isfinite(embedding).all():
+        raise build.ConfigError(f"{path}: embedding holds something else than finite floats")
+    if not (valid[:, -1].all() and (valid[:, 1:] >= valid[:, :-1]).all()):
+        raise build.ConfigError(
+            f"{path}: valid must be False at the padding in front of a caption and True from there "
+            "to the end"
+        )
+    return Captions(embedding.astype(np.float32), valid)
+
+
+def with_captions(trained: Trained, captions: Captions) -> Trained:
+    """The model with captions for its classes."""
+    config = trained.config.copy_and_resolve_references()
+    config.data.num_classes = len(captions.valid)
+    placed = jax.device_put((captions.embedding, captions.valid), sharding.replicated(trained.mesh))
+    params = captioned.with_captions(trained.params, *placed)
+    return dataclasses.replace(trained, config=config, params=params)
+
+
 def config_for(workdir: pathlib.Path, path: str | None, overrides: list[str]) -> build.Config:
     """The config to sample a run with: a file's, or the run's own, with overrides on top."""
     if path is not None:
@@ -350,7 +412,11 @@ def provenance(trained: Trained, config: build.Config, *, seed: int) -> card.Set
     """How samples are made, for their file and their evaluation card."""
     sampling, kind = config.sampling, config.transport.kind
     has_codes, has_latents = config.loss.w_tensor > 0, config.loss.w_diffusion > 0
+    names = OTHER_SETTINGS
+    names += ("guidance_power",) if sampling.guidance_schedule == "power_cosine" else ()
+    names += ("drafts", "stride") if has_codes and config.tensorar.window > 1 else ()
     return card.Settings(
+        other_settings={name: sampling[name] for name in names if sampling[name] is not None},
         guidance_scale=sampling.guidance_scale,
         guidance_schedule=sampling.guidance_schedule,
         code_temperature=sampling.code_temperature if has_codes else None,

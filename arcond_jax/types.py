@@ -66,12 +66,21 @@ class Tokenizer(Protocol):
 
 @runtime_checkable  # annotations are checked at run time in the tests
 class Generator(Protocol):
-    """A trainable model of token grids given a class."""
+    """A trainable model of token grids given a class.
+
+    `step` is the number of updates tried so far, for what changes over training.
+    """
 
     def init(self, rng: Key[Array, ""]) -> Params: ...
 
     def loss(
-        self, params: Params, tokens: Tokens, label: Int[Array, " b"], rng: Key[Array, ""]
+        self,
+        params: Params,
+        tokens: Tokens,
+        label: Int[Array, " b"],
+        rng: Key[Array, ""],
+        *,
+        step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, ""], Metrics]: ...
 
 

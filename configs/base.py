@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tokenizer.name = "patches"
     config.tokenizer.patch_size = 2
     config.tokenizer.num_codes = 64
-    config.tokenizer.path = config_dict.placeholder(str)  # converted weights, of "kl"
+    config.tokenizer.path = config_dict.placeholder(str)  # converted weights, of all but "patches"
 
     config.kl = ml_collections.ConfigDict()
     config.kl.width = 128
@@ -35,6 +35,27 @@ def get_config() -> ml_collections.ConfigDict:
     config.kl.latent_channels = 16
     config.kl.latent_scale = 0.2325
 
+    config.vq = ml_collections.ConfigDict()
+    config.vq.width = 128
+    config.vq.multipliers = (1, 1, 2, 2, 4)
+    config.vq.num_blocks = 2
+    config.vq.latent_channels = 256
+    config.vq.num_codes = 16384
+    config.vq.code_width = 8
+
+    config.maskgit_vq = ml_collections.ConfigDict()
+    config.maskgit_vq.width = 128
+    config.maskgit_vq.multipliers = (1, 1, 2, 2, 4)
+    config.maskgit_vq.num_blocks = 2
+    config.maskgit_vq.num_codes = 1024
+    config.maskgit_vq.code_width = 256
+
+    config.lfq = ml_collections.ConfigDict()
+    config.lfq.width = 128
+    config.lfq.multipliers = (1, 1, 2, 2, 4)
+    config.lfq.num_blocks = 4
+    config.lfq.num_bits = 18
+
     config.backbone = "gpt"
 
     config.gpt = ml_collections.ConfigDict()
@@ -42,7 +63,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.gpt.width = 768
     config.gpt.num_heads = 12
     config.gpt.mlp_hidden = config_dict.placeholder(int)  # LlamaGen's rule
+    config.gpt.num_kv_heads = config_dict.placeholder(int)  # as many as num_heads
     config.gpt.qk_norm = False
+    config.gpt.dropout = 0.0
+    config.gpt.attention_dropout = 0.0
     config.gpt.remat = "none"
     config.gpt.unroll = 1
 
@@ -67,6 +91,27 @@ def get_config() -> ml_collections.ConfigDict:
     config.dit.remat = "none"
     config.dit.unroll = 1
 
+    config.rar = ml_collections.ConfigDict()
+    config.rar.depth = 24
+    config.rar.width = 768
+    config.rar.num_heads = 16
+    config.rar.mlp_hidden = 3072
+    config.rar.attention_dropout = 0.1
+    config.rar.dropout = 0.1
+    config.rar.shuffle_start = config_dict.placeholder(int)  # random orders for ever
+    config.rar.shuffle_stop = config_dict.placeholder(int)
+    config.rar.remat = "none"
+    config.rar.unroll = 1
+
+    config.magvit2 = ml_collections.ConfigDict()  # its trunk is in the section gpt
+    config.magvit2.factor_sizes = (64, 4096)
+    config.magvit2.intra_depth = 2
+    config.magvit2.token_dropout = 0.1
+
+    config.captioned = ml_collections.ConfigDict()  # its trunk is in the section gpt
+    config.captioned.num_prefix = 120
+    config.captioned.caption_width = 2048
+
     config.diffusion_head = ml_collections.ConfigDict()
     config.diffusion_head.depth = 6
     config.diffusion_head.width = 1024
@@ -86,6 +131,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss.draft_weight = 1.0
     config.loss.label_dropout = 0.1
     config.loss.code_dropout = 0.0
+    config.loss.token_dropout = 0.0
     config.loss.num_copies = 4
 
     config.training = ml_collections.ConfigDict()
@@ -93,6 +139,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.training.num_warmup_steps = 100
     config.training.learning_rate = 1e-4
     config.training.decay = "constant"
+    config.training.decay_to = 0.0  # of the learning rate
     config.training.b1 = 0.9
     config.training.b2 = 0.95
     config.training.weight_decay = 0.02
@@ -123,8 +170,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.sampling.code_temperature = 1.0
     config.sampling.top_k = config_dict.placeholder(int)
     config.sampling.top_p = config_dict.placeholder(float)
+    config.sampling.min_p = config_dict.placeholder(float)
     config.sampling.guidance_scale = 1.0
     config.sampling.guidance_schedule = "constant"
+    config.sampling.guidance_power = 1.0  # of the schedule "power_cosine"
+    config.sampling.guided_positions = config_dict.placeholder(int)  # all
+    # Of a code's factors after the first; as the first's.
+    config.sampling.later_guidance_scale = config_dict.placeholder(float)
+    config.sampling.later_code_temperature = config_dict.placeholder(float)
     config.sampling.drafts = "off"
     config.sampling.stride = 1
 

@@ -1,16 +1,18 @@
-"""What the ImageNet experiments on KL-16 latents share; a part of other configs, no experiment.
+"""What the ImageNet experiments share; a part of other configs, no experiment.
 
-`data.directory` holds train/<class>/ and val/<class>/, `tokenizer.path` the converted KL-16.
+`data.directory` holds train/<class>/ and val/<class>/, `tokenizer.path` the converted tokenizer.
 """
 
 import ml_collections
 
 from configs import base
 
-STEPS_PER_EPOCH = 625  # 1,281,167 images, 2,048 at a time, the last batch of an epoch left out
+NUM_IMAGES = 1_281_167
+STEPS_PER_EPOCH = 625  # of 2,048 images, the last batch of an epoch left out
 
 
 def get_config(image_size: int = 256) -> ml_collections.ConfigDict:
+    """Latents of KL-16, by MAR's recipe."""
     config = base.get_config()
     config.data.update(name="folder", image_size=image_size, num_channels=3, num_classes=1000)
     config.data.update(batch_size=2048, random_flip=True)
@@ -34,4 +36,16 @@ def get_config(image_size: int = 256) -> ml_collections.ConfigDict:
     config.sampling.update(num_head_evaluations=100, spacing="even", solver="ancestral")
     # Off until calibrated: `--config.transport.kind=bures` or `stored`.
     config.transport.update(kind="none", grouping="shared", num_atoms=1024, num_sources=1024)
+    return config
+
+
+def of_codes(
+    tokenizer: str, *, batch_size: int, image_size: int = 256
+) -> ml_collections.ConfigDict:
+    """Codes of a tokenizer, one at a position; the recipe is the caller's."""
+    config = get_config(image_size)
+    config.data.batch_size = batch_size
+    config.tokenizer.name = tokenizer
+    config.loss.update(w_diffusion=0.0, w_tensor=1.0)
+    config.training.update(decay_head=True, checkpoint_every=5 * (NUM_IMAGES // batch_size))
     return config

@@ -27,7 +27,39 @@ IMAGENET = {
     "ar_xl_imagenet256": 805_664_032,
     "cdm_xl_imagenet256": 1_068_966_432,
 }
-CONFIGS = (*(f"digits:{variant}" for variant in (*VARIANTS, "mar")), *IMAGENET)
+# Parameters of the model, the official counts too, and of the tokenizer without its buffers.
+OF_CODES = {
+    **{
+        f"llamagen_{size}_{pixels}": (count, 71_883_403)
+        for pixels in (256, 384)
+        for size, count in {
+            "b": 110_888_448,
+            "l": 342_910_976,
+            "xl": 774_699_520,
+            "xxl": 1_410_972_672,
+            "3b": 3_096_659_200,
+        }.items()
+    },
+    "llamagen_t2i_xl_256": (777_923_840, 71_883_403),
+    "llamagen_t2i_xl_512": (777_923_840, 71_883_403),
+    "rar_b": (260_923_648, 54_515_587),
+    "rar_l": (461_668_352, 54_515_587),
+    "rar_xl": (955_425_024, 54_515_587),
+    "rar_xxl": (1_498_520_704, 54_515_587),
+    "magvit2_b": (343_570_432, 115_127_829),
+    "magvit2_l": (804_362_240, 115_127_829),
+    "magvit2_xl": (1_486_679_040, 115_127_829),
+}
+TOKENIZERS = tuple(
+    f"tokenizers:{name}" for name in ("kl16", "vq16", "vq8", "maskgit_vq", "lfq256", "lfq128")
+)
+CONFIGS = (
+    *(f"digits:{variant}" for variant in (*VARIANTS, "mar")),
+    "cifar10",
+    *IMAGENET,
+    *OF_CODES,
+    *TOKENIZERS,
+)
 
 
 def dump(name):
@@ -56,6 +88,26 @@ def test_full_sizes_are_built(name, count):
     assert build.sampler(config).solver.num_evaluations == 100
     tokenizer = build.abstract_tokenizer(config)
     assert sum(x.size for x in jax.tree.leaves(tokenizer)) == 66_456_019  # the official count
+
+
+@pytest.mark.parametrize("name", [*OF_CODES][:1] + [*OF_CODES][5:])
+def test_full_sizes_of_models_of_codes_are_built(name):
+    config = build.load_config(name)
+    params = nn.unbox(build.abstract_params(config))
+    tokenizer = build.abstract_tokenizer(config)
+    counts = tuple(sum(x.size for x in jax.tree.leaves(tree)) for tree in (params, tokenizer))
+    assert counts == OF_CODES[name]
+    assert build.grid(config) == 2 * (config.data.image_size // 16,)
+    assert build.sampler(config).guided
+
+
+def test_models_of_captions_are_not_trained():
+    config = build.load_config("llamagen_t2i_xl_256")
+    for build_it in (build.generator, build.abstract_state):
+        with pytest.raises(build.ConfigError, match="backbone captioned has no training: conv"):
+            build_it(config)
+    with pytest.raises(build.ConfigError, match=r"transport\.kind bures needs images of each cla"):
+        build.load_config("llamagen_t2i_xl_256", ["transport.kind=bures"])
 
 
 def test_the_default_variant_is_joint():
@@ -90,7 +142,7 @@ def test_overrides():
 
 WRONG_OVERRIDES = {
     "gpt.dept=3": r"unknown config key gpt\.dept: did you mean gpt\.depth\?",
-    "qqqqqq=3": r"unknown config key qqqqqq: sections are backbone, data, diffusion_head, dit, gpt",
+    "qqqqqq=3": r"unknown config key qqqqqq: sections are backbone, captioned, data, diffusion",
     "gpt=3": r"config key gpt wants ConfigDict, not '3'",
     "gpt.depth.more=3": r"unknown config key gpt\.depth\.more: did you mean gpt\.depth\?",
     "gpt.depth=three": r"config key gpt\.depth wants int, not 'three'",
@@ -101,7 +153,9 @@ WRONG_OVERRIDES = {
     "gpt.qk_norm=1": r"config key gpt\.qk_norm wants bool, not '1'",
     "sampling.top_k=0.5": r"config key sampling\.top_k wants int or None, not '0\.5'",
     "data.name=imagenet": r"data\.name 'imagenet' is not one of digits, folder",
-    "tokenizer.name=vq": r"tokenizer\.name 'vq' is not one of patches",
+    "tokenizer.name=vae": r"tokenizer\.name 'vae' is not one of patches",
+    "tokenizer.name=vq": r"data\.image_size 8 is not divisible by 16, the edge of a token",
+    "backbone=rar": r"loss\.w_diffusion 1\.0 needs latents, which backbone rar on tok",
     "training.dtype=float16": r"training\.dtype 'float16' is not one of float32, bfloat16",
     "transport.kind=exact": r"transport\.kind 'exact' is not one of none, stored, bures, in_batch",
     "gpt.remat=some": r"gpt\.remat 'some' is not one of none, full, dots",
@@ -119,6 +173,7 @@ WRONG_OVERRIDES = {
     "sampling.solver=heun": r"unknown solver 'heun': choose one of ancestral, ddim",
     "sampling.code_temperature=0": r"code_temperature 0\.0 must be positive",
     "sampling.drafts=on": r"drafts 'on' is not one of off, draw, feed",
+    "rar.num_heads=5": r"rar\.width 768 is not divisible by rar\.num_heads 5",
     "transport.epsilon=0": r"epsilon is 0\.0; set it to a finite number > 0",
     "transport.grouping=row": r"transport\.grouping 'row' is not one of class, shared",
 }

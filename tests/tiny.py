@@ -1,5 +1,11 @@
 """The digits configs made so small that compiling them, which is all the cost, takes seconds."""
 
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import numpy as np
+
 from arcond_jax import build, types
 
 OVERRIDES = (
@@ -38,3 +44,18 @@ def batch(tiny: build.Config) -> types.Batch:
     """The first images of the training split."""
     split, size = build.source(tiny, "train"), tiny.data.batch_size
     return types.Batch(image=split.image[:size], label=split.label[:size])
+
+
+def random_params(init: Callable, scale: float = 0.2) -> types.Params:
+    """Values of the order of one everywhere, also where training starts at zero.
+
+    From numpy: to compile `init`, with a random number generator for each leaf, takes seconds.
+    """
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jax.numpy.asarray(centre + scale * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)

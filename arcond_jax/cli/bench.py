@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 
 from arcond_jax import benchmark, build
@@ -12,9 +13,12 @@ EPILOG = """examples:
   arcond bench --config mar_base_imagenet256 --config.training.dtype=float32 \\
       --config.sampling.num_ar_steps=64 --config.sampling.num_head_evaluations=25 \\
       --against sampling.num_buckets=1
+  arcond bench --config llamagen_b_256 --config.training.dtype=float32 \\
+      --config.sampling.top_k=2000 --batch_size 1 --batch_size 8
   arcond bench --config digits:ar --batch_size 1 --batch_size 64
 
-Weights are random. Programs run in turns; compare the numbers of one run only."""
+Weights are random. Programs run in turns; compare the numbers of one run only. GFLOP and GB are
+what the sampler has to compute and to read at least."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,21 +48,28 @@ def main(args: argparse.Namespace) -> None:
         num_runs=args.num_runs,
         split=not args.no_split,
     )
+    num_tokens = math.prod(build.grid(config))
     rows, first = [], timings[0]
     for timing in timings:
         if timing.name == config.name:
             first = timing
+        work, peak = timing.work, timing.peak_bytes / 2**30
         rows.append(
             [
                 timing.name,
                 f"{timing.batch_size}",
                 f"{timing.seconds_per_image:.3g}",
                 f"{timing.seconds_per_image / first.seconds_per_image:.2f}",
-                None if timing.operations is None else f"{timing.operations / 1e9:.0f}",
+                f"{num_tokens / timing.seconds_per_image:.3g}",
+                f"{peak:.2f}",
+                None if work is None else f"{work.operations / 1e9:.0f}",
                 None if timing.gflops is None else f"{timing.gflops:.0f}",
+                None if work is None or not work.bytes_read else f"{work.bytes_read / 1e9:.0f}",
+                None if not work or not work.bytes_read else f"{timing.gigabytes_per_second:.1f}",
             ]
         )
-    header = ["sampler", "batch", "s/image", "ratio", "GFLOP", "GFLOP/s"]
+    header = ["sampler", "batch", "s/image", "ratio", "tokens/s", "peak GiB"]
+    header += ["GFLOP", "GFLOP/s", "GB", "GB/s"]
     print(report.table_text(header, rows))
     if args.out is not None:
         args.out.write_text(json.dumps([dataclasses.asdict(t) for t in timings], indent=2) + "\n")

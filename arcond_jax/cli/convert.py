@@ -8,6 +8,8 @@ from arcond_jax import build, port
 EPILOG = """examples:
   arcond convert --family kl16 --source kl16.ckpt --out weights/kl16
   arcond convert --family mar --source mar.pth --tokenizer weights/kl16 --out weights/mar
+  arcond convert --family vq --source vq_ds16_c2i.pt --out weights/vq16
+  arcond convert --family llamagen --source c2i_L_384.pt --tokenizer weights/vq16 --out weights/l
   arcond sample --checkpoint weights/mar --label 207 --num_images 4 --out dogs.npz
 
 The size is recognised by its shapes, and the official sampling preset becomes the default of
@@ -26,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.tokenizer is not None and not (args.tokenizer / build.WEIGHTS).is_dir():
-        raise build.ConfigError(
-            f"{args.tokenizer} holds no converted tokenizer: convert kl16 first"
-        )
+        raise build.ConfigError(f"{args.tokenizer} holds no converted tokenizer: convert it first")
     config = build.load_config(args.config, args.overrides) if args.config else None
     if config is None and args.overrides:
         raise build.ConfigError("--config.section.key=value needs --config: say which to change")

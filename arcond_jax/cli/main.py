@@ -8,6 +8,7 @@ from arcond_jax import build, checkpoint
 from arcond_jax.cli import (
     bench,
     calibrate,
+    captions,
     compare,
     convert,
     demo,
@@ -22,6 +23,7 @@ COMMANDS = {
     "demo": demo,
     "train": train,
     "calibrate": calibrate,
+    "captions": captions,
     "sample": sample,
     "evaluate": evaluate,
     "compare": compare,

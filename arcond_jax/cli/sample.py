@@ -1,4 +1,4 @@
-"""`arcond sample`: class labels in, a file of images out."""
+"""`arcond sample`: class labels or captions in, a file of images out."""
 
 import argparse
 import dataclasses
@@ -8,26 +8,36 @@ import numpy as np
 
 from arcond_jax import build, run
 from arcond_jax.analysis import figures
-from arcond_jax.data import images
+from arcond_jax.data import class_names, images
 from arcond_jax.evaluation import samples
 
 EPILOG = """examples:
   arcond sample --checkpoint runs/digits --num_images 1000 --out samples.npz
   arcond sample --checkpoint runs/digits --label 3 --num_images 16 --out threes.npz --png threes.png
   arcond sample --checkpoint runs/digits --config.transport.kind=none --out plain.npz
+  arcond sample --checkpoint weights/mar --class_name "golden retriever" --out dogs.npz
+  arcond sample --checkpoint weights/t2i --captions captions.npz --out drawn.npz
   arcond sample --checkpoint weights/mar --inpaint dog.png --mask mask.png --out dogs.npz
 
 Refinement is on if the config's transport.kind is not "none"; it needs `arcond calibrate` first.
-Without --label the classes take turns. --inpaint keeps the tokens of an image whose pixels are all
-black in --mask and draws the others (models with backbone mar)."""
+Without --label or --class_name the classes take turns, and so do captions (models with backbone
+captioned), which `arcond captions` encodes: a label is the number of one. --inpaint keeps the
+tokens of an image whose pixels are all black in --mask and draws the others (backbone mar)."""
+
+NUM_IMAGES = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="a workdir")
     parser.add_argument("--config", metavar="FILE[:VARIANT]", help="default: the checkpoint's own")
-    parser.add_argument("--num_images", type=int, default=100)
+    parser.add_argument(
+        "--num_images", type=int, help=f"default: {NUM_IMAGES}, or one of each caption"
+    )
     parser.add_argument("--batch_size", type=int, default=1000)
-    parser.add_argument("--label", type=int, help="one class for all images")
+    one_class = parser.add_mutually_exclusive_group()
+    one_class.add_argument("--label", type=int, help="one class for all images")
+    one_class.add_argument("--class_name", "--class-name", help="the same by its ImageNet name")
+    parser.add_argument("--captions", type=pathlib.Path, help=".npz of encoded captions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, type=pathlib.Path, help=".npz to write")
     parser.add_argument("--inpaint", type=pathlib.Path, help="image to keep a part of")
@@ -36,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.num_images < 1 or args.batch_size < 1:
+    if (args.num_images is not None and args.num_images < 1) or args.batch_size < 1:
         raise build.ConfigError("--num_images and --batch_size must be at least 1")
     for path in (args.out, args.png):
         if path is not None and not path.absolute().parent.is_dir():
@@ -44,13 +54,17 @@ def main(args: argparse.Namespace) -> None:
     if (args.inpaint is None) != (args.mask is None):
         raise build.ConfigError("--inpaint and --mask go together: give both or none")
     config = run.config_for(args.checkpoint, args.config, args.overrides)
-    count = run.num_classes(config)
-    label = np.arange(args.num_images) % count
-    if args.label is not None:
-        label = np.full(args.num_images, args.label)
+    captions = _captions(args, config)
+    count = run.num_classes(config) if captions is None else len(captions.valid)
+    label = _labels(args, count)
     run.check_labels(label, count)
 
     trained = run.restore(args.checkpoint, config=config)
+    settings = run.provenance(trained, config, seed=args.seed)
+    if captions is not None:
+        trained = run.with_captions(trained, captions)
+        others = {**settings.other_settings, "captions": args.captions.name}
+        settings = dataclasses.replace(settings, other_settings=others)
     refiner = run.load_refiner(trained, args.checkpoint, config)
     known = None
     if args.inpaint is not None:
@@ -62,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
         refiner,
         label,
         seed=args.seed,
-        batch_size=min(args.batch_size, args.num_images),
+        batch_size=min(args.batch_size, len(label)),
         known=known,
     )
     samples.write_samples(
@@ -70,10 +84,45 @@ def main(args: argparse.Namespace) -> None:
         image_uint8,
         label.astype(np.int32),
         num_classes=count,
-        **dataclasses.asdict(run.provenance(trained, config, seed=args.seed)),
+        **dataclasses.asdict(settings),
     )
     if args.png is not None:
         columns = min(10, len(label))
         sheet = figures.image_grid(image_uint8, rows=-(-len(label) // columns), columns=columns)
         figures.write_png(args.png, sheet)
     print(f"{len(label)} images: {args.out}")
+
+
+def _captions(args: argparse.Namespace, config: build.Config) -> run.Captions | None:
+    wanted = config.backbone == "captioned"
+    if args.captions is None:
+        if wanted:
+            raise build.ConfigError(
+                f"the model {config.name} draws captions: give --captions, which `arcond captions` "
+                "makes"
+            )
+        return None
+    if not wanted:
+        raise build.ConfigError(f"the model {config.name} draws classes, so leave out --captions")
+    if args.class_name is not None:
+        raise build.ConfigError("--class_name names classes, not captions: use --label")
+    return run.read_captions(args.captions, config)
+
+
+def _labels(args: argparse.Namespace, count: int) -> np.ndarray:
+    num_images = args.num_images
+    if num_images is None:
+        num_images = NUM_IMAGES if args.captions is None else count
+    chosen = args.label
+    if args.class_name is not None:
+        chosen = _named_label(args.class_name, count)
+    return np.arange(num_images) % count if chosen is None else np.full(num_images, chosen)
+
+
+def _named_label(class_name: str, count: int) -> int:
+    if count != class_names.NUM_CLASSES:
+        raise build.ConfigError(
+            f"--class_name knows the {class_names.NUM_CLASSES} classes of ImageNet, and this model "
+            f"has {count}: use --label"
+        )
+    return class_names.label_of(class_name, class_names.imagenet())

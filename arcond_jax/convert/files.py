@@ -26,7 +26,6 @@ def load_state(
     *,
     containers: Sequence[str] = (),
     others: Sequence[str] = (),
-    ignored: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
     """The state dict of a `.safetensors` file, or of any of PyTorch's (.pth .pt .ckpt .bin).
 
@@ -34,7 +33,6 @@ def load_state(
       containers: Entries under which the state dict may lie; the file may also be the state dict
         itself.
       others: Entries that hold other weights of the same model: then `containers` must be there.
-      ignored: Prefixes of names that are no weights of the model.
 
     Raises:
       table.ConvertError: No such file, damaged, with code in it, or without a state dict.
@@ -42,10 +40,8 @@ def load_state(
     if not path.is_file():
         raise table.ConvertError(f"{path} does not exist")
     if path.suffix == ".safetensors":
-        state = _safetensors(path)
-    else:
-        state = _state_dict(_unpickled(path), path, containers, others)
-    return {name: x for name, x in state.items() if not name.startswith(tuple(ignored))}
+        return _safetensors(path)
+    return _state_dict(_unpickled(path), path, containers, others)
 
 
 def save_state(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:

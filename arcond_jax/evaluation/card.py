@@ -32,6 +32,7 @@ class Settings:
       num_ar_steps: Decoding steps of a masked model.
       solver: Chain of the diffusion head.
       num_head_evaluations: Evaluations of the diffusion head per token, 0 without one.
+      other_settings: What else was set of the sampler, such as cuts of the law of codes, by name.
       refinement: Name of the condition refinement.
       refinement_settings: Its settings, by name.
       seed: Sampling seed.
@@ -45,6 +46,7 @@ class Settings:
     num_ar_steps: int | None
     solver: str | None
     num_head_evaluations: int
+    other_settings: Mapping[str, Setting]
     refinement: str | None
     refinement_settings: Mapping[str, Setting]
     seed: int
@@ -110,8 +112,7 @@ class EvaluationCard:
         settings = self.settings
         refinement = "none"
         if settings.refinement is not None:
-            details = (f"{name} {value}" for name, value in settings.refinement_settings.items())
-            refinement = ", ".join([settings.refinement, *details])
+            refinement = f"{settings.refinement}, {_listed(settings.refinement_settings)}"
         per_class = f"{self.min_per_class}"
         if self.max_per_class != self.min_per_class:
             per_class = f"{self.min_per_class} to {self.max_per_class}"
@@ -126,6 +127,7 @@ class EvaluationCard:
                 "decoding steps": _or_dash(settings.num_ar_steps),
                 "head evaluations": f"{settings.num_head_evaluations} per token, "
                 f"{_or_dash(settings.solver)}",
+                "other settings": _listed(settings.other_settings) or "none",
                 "refinement": refinement,
             },
             "Measured with": {
@@ -157,6 +159,10 @@ class EvaluationCard:
             "Compare it only with cards of the same features, reference and number of samples.",
         ]
         return "\n".join(lines)
+
+
+def _listed(settings: Mapping[str, Setting]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def from_json(text: str) -> EvaluationCard:

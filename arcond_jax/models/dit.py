@@ -183,8 +183,11 @@ class Generator:
         tokens: types.Tokens,
         label: Int[Array, " b"],
         rng: Key[Array, ""],
+        *,
+        step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, ""], types.Metrics]:
         """Diffusion loss, mse + vb, averaged over tokens; the time is one for each image."""
+        del step
         x0 = tokens.latents
         if x0 is None:
             raise ValueError("DiT models latents, and these tokens hold none")

@@ -12,24 +12,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from arcond_jax.nn import attention, linear, mlp, norm, rope, stack
+from arcond_jax.nn import attention, causal, linear, mlp, norm, rope, stack
 
-# LlamaGen's table (Sun et al., 2024, table 1).
+# LlamaGen's table (Sun et al., 2024, table 1); "1B" and "XXXL" stand in the official file alone.
 SIZES = {
     "B": dict(depth=12, width=768, num_heads=12),
     "L": dict(depth=24, width=1024, num_heads=16),
     "XL": dict(depth=36, width=1280, num_heads=20),
     "XXL": dict(depth=48, width=1536, num_heads=24),
+    "XXXL": dict(depth=48, width=2560, num_heads=40),
+    "1B": dict(depth=22, width=2048, num_heads=32),
+    "3B": dict(depth=24, width=3200, num_heads=32),
 }
 
 
 class Block(nn.Module):
-    """Pre-norm causal attention and SwiGLU; scanned over layers, so it carries (x, cache)."""
+    """Pre-norm causal attention and SwiGLU.
+
+    Scanned over layers, so it carries (x, cache). Dropout acts where a "dropout" rng is given.
+    """
 
     num_heads: int
     num_kv_heads: int
     mlp_hidden: int
     qk_norm: bool
+    attention_dropout: float
+    dropout: float
     dtype: DTypeLike
 
     @nn.compact
@@ -43,6 +51,8 @@ class Block(nn.Module):
         b, l, d = x.shape
         head_dim = d // self.num_heads
         groups = self.num_heads // self.num_kv_heads
+        deterministic = not self.has_rng("dropout")
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
 
         y = norm.RMSNorm(name="attention_norm")(x)
         # Each key-value head beside its query heads: a tensor-parallel mesh cuts between heads.
@@ -59,18 +69,19 @@ class Block(nn.Module):
             keys = norm.RMSNorm(axis_name=None, name="key_norm")(keys)
         queries, keys = rope.rotate(queries, table), rope.rotate(keys, table)
 
-        start = jnp.zeros((), jnp.int32)
-        if cache is not None:
-            start = cache.index
-            cache = attention.write_layer(cache, layer, keys, values)
-            keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
-            values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-        mask = jnp.arange(keys.shape[1]) <= start + jnp.arange(l)[:, None]
-        y = attention.attend(queries, keys, values, mask).reshape(b, l, d)
-        x = x + linear.Linear((d,), ("heads", "embed"), dtype=self.dtype, name="out")(y)
+        y, cache = causal.attend(
+            queries,
+            keys,
+            values,
+            cache,
+            layer,
+            dropout=nn.Dropout(self.attention_dropout, deterministic=deterministic),
+        )
+        y = y.reshape(b, l, d)
+        x = x + drop(linear.Linear((d,), ("heads", "embed"), dtype=self.dtype, name="out")(y))
 
         y = norm.RMSNorm(name="mlp_norm")(x)
-        x = x + mlp.SwiGLU(d, self.mlp_hidden, dtype=self.dtype, name="mlp")(y)
+        x = x + drop(mlp.SwiGLU(d, self.mlp_hidden, dtype=self.dtype, name="mlp")(y))
         return (linear.constrain_batch(x), cache), None
 
 
@@ -82,6 +93,9 @@ class GPT(nn.Module):
       num_prefix: Tokens before the grid (1: the class).
       num_kv_heads: None for as many as `num_heads`.
       mlp_hidden: Width inside SwiGLU; None for LlamaGen's rule.
+      dropout: In training, of what attention and SwiGLU add to the stream. LlamaGen trains with 0.1
+        (`--dropout-p` of train_c2i.py), without dropout of attention weights or of whole branches.
+      attention_dropout: In training, of attention weights.
       remat: "none", "full" (recompute blocks in the backward pass) or "dots" (keep weight
         products).
       unroll: Layers per iteration of the scan; `depth` unrolls it. Same parameters either way.
@@ -95,6 +109,8 @@ class GPT(nn.Module):
     num_kv_heads: int | None = None
     mlp_hidden: int | None = None
     qk_norm: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
     remat: str = "none"
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
@@ -135,6 +151,8 @@ class GPT(nn.Module):
             num_kv_heads=self.num_kv_heads or self.num_heads,
             mlp_hidden=self.mlp_hidden or mlp.swiglu_hidden(self.width),
             qk_norm=self.qk_norm,
+            attention_dropout=self.attention_dropout,
+            dropout=self.dropout,
             dtype=self.dtype,
             name="blocks",
         )

@@ -40,6 +40,8 @@ class Joint(nn.Module):
       window: Codes predicted at each position; 1 has no window parameters.
       window_depth: Query blocks on each side (2 in arXiv v1, 1 in the ICLR version).
       window_mlp_ratio: Of the MLP in query blocks; 0 for attention only (ICLR version).
+      token_dropout: In training, of what the backbone is fed, the class included. LlamaGen trains
+        with 0.1 (`--token-dropout-p` of train_c2i.py).
     """
 
     backbone: gpt.GPT
@@ -49,9 +51,11 @@ class Joint(nn.Module):
     window: int = 1
     window_depth: int = 2
     window_mlp_ratio: int = 4
+    token_dropout: float = 0.0
 
     def setup(self) -> None:
         width, dtype = self.backbone.width, self.backbone.dtype
+        self.drop = nn.Dropout(self.token_dropout)
         self.trunk = self.backbone.clone()
         self.class_embed = linear.Embed(self.num_classes + 1, width, dtype=dtype)
         self.final_norm = norm.RMSNorm()
@@ -135,12 +139,13 @@ class Joint(nn.Module):
         window_codes: Int[Array, "b l w"] | None,
         label: Int[Array, " b"],
     ) -> Float[Array, "b l d"]:
-        """Conditions for every position from real prefixes."""
+        """Conditions for every position from real prefixes; dropout where its rng is given."""
         embedded = self.embed(
             None if latents is None else latents[:, :-1],
             None if window_codes is None else window_codes[:, :-1],
         )
         x = jnp.concatenate([self.class_token(label), embedded], axis=1)
+        x = self.drop(x, deterministic=not self.has_rng("dropout"))
         return self.condition(x, None, jnp.arange(self.length))[0]
 
     def slots(
@@ -243,9 +248,9 @@ class Generator:
         label = jnp.zeros((1,), jnp.int32)
         return self.network.init(rng, label, method=Joint.touch_all)["params"]
 
-    def apply(self, params: types.Params, *args: Any, method: Callable) -> Any:
+    def apply(self, params: types.Params, *args: Any, method: Callable, **options: Any) -> Any:
         """Runs a method of the network."""
-        return self.network.apply({"params": params}, *args, method=method)
+        return self.network.apply({"params": params}, *args, method=method, **options)
 
     def conditions(
         self,
@@ -266,18 +271,28 @@ class Generator:
         tokens: types.Tokens,
         label: Int[Array, " b"],
         rng: Key[Array, ""],
+        *,
+        step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, ""], types.Metrics]:
         """w_diffusion * diffusion loss + w_tensor * cross-entropy, and their parts."""
-        tokens = self._modelled(tokens)
+        del step
         tokens = self._own(tokens)
         drop_rng, window_rng, diffusion_rng = jax.random.split(rng, 3)
+        dropout_rng = jax.random.fold_in(rng, 3)  # the split may hold the folds 0 to 2
         dropped = jax.random.bernoulli(drop_rng, self.label_dropout, label.shape)
         label = jnp.where(dropped, self.network.num_classes, label)
 
         windows = None
         if tokens.codes is not None:
             windows = self._input_windows(params, tokens.latents, tokens.codes, label, window_rng)
-        cond = self.apply(params, tokens.latents, windows, label, method=Joint.teacher_forced)
+        cond = self.apply(
+            params,
+            tokens.latents,
+            windows,
+            label,
+            method=Joint.teacher_forced,
+            rngs={"dropout": dropout_rng},
+        )
 
         total, metrics = jnp.zeros(()), {}
         if tokens.codes is not None:
@@ -298,13 +313,6 @@ class Generator:
 
     def _own(self, tokens: types.Tokens) -> types.Tokens:
         """The kinds of token this model has; a tokenizer may offer more."""
-        return types.Tokens(
-            latents=None if self.network.head is None else tokens.latents,
-            codes=None if self.network.num_codes is None else tokens.codes,
-        )
-
-    def _modelled(self, tokens: types.Tokens) -> types.Tokens:
-        """What the network is about: a tokenizer may give more."""
         return types.Tokens(
             latents=None if self.network.head is None else tokens.latents,
             codes=None if self.network.num_codes is None else tokens.codes,

@@ -6,8 +6,7 @@ next position. From there a small causal stack runs over [condition, factors but
 output for each factor.
 
 Source: Luo et al. (2024), "Open-MAGVIT2"; TencentARC/SEED-Voken,
-src/Open_MAGVIT2/modules/transformer/gpt.py. Departure: of its dropouts in training only that of
-tokens is here.
+src/Open_MAGVIT2/modules/transformer/gpt.py.
 """
 
 import dataclasses
@@ -39,11 +38,13 @@ class MAGVIT2(nn.Module):
     """The network; its loss is in `Generator`, its sampling loop `sampling.codes.CodeSampler`.
 
     Attributes:
-      backbone: Unbound stack of causal blocks with a prefix of one, the class.
+      backbone: Unbound stack of causal blocks with a prefix of one, the class. The blocks over
+        factors share its dropouts; the official recipe has `dropout` 0.1 (`resid_dropout_p` of the
+        configs, `ffn_dropout_p` of gpt.py) and none of attention weights.
       num_classes: Classes; id `num_classes` means none.
       factor_sizes: Values of each factor of a code, the lowest bits first.
       intra_depth: Blocks over the factors of one code.
-      token_dropout: In training, of the embedded tokens.
+      token_dropout: In training, of the embedded tokens, the class included.
     """
 
     backbone: gpt.GPT
@@ -78,6 +79,10 @@ class MAGVIT2(nn.Module):
     def num_codes(self) -> int:
         """Ids there are."""
         return math.prod(self.factor_sizes)
+
+    def null(self, label: Int[Array, " b"]) -> Int[Array, " b"]:
+        """Labels that mean no class."""
+        return jnp.full_like(label, self.num_classes)
 
     def split(self, codes: Int[Array, "*n"]) -> Int[Array, "*n factors"]:
         """Factors of an id; for powers of two what `tokenizers.lfq.factorize` gives."""
@@ -189,8 +194,11 @@ class Generator:
         tokens: types.Tokens,
         label: Int[Array, " b"],
         rng: Key[Array, ""],
+        *,
+        step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, ""], types.Metrics]:
         """Cross-entropy in nats, averaged over positions and summed over factors."""
+        del step
         drop_rng, dropout_rng = jax.random.split(rng)
         dropped = jax.random.bernoulli(drop_rng, self.label_dropout, label.shape)
         label = jnp.where(dropped, self.network.num_classes, label)

@@ -270,8 +270,11 @@ class Generator:
         tokens: types.Tokens,
         label: Int[Array, " b"],
         rng: Key[Array, ""],
+        *,
+        step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, ""], types.Metrics]:
         """Diffusion loss, mse + vb, averaged over masked positions."""
+        del step
         latents = _latents(tokens)
         order_rng, rate_rng, drop_rng, dropout_rng, head_rng = jax.random.split(rng, 5)
         dropped = jax.random.bernoulli(drop_rng, self.label_dropout, label.shape)

@@ -165,6 +165,10 @@ class RAR(nn.Module):
         """A code is drawn whole."""
         return (self.num_codes,)
 
+    def null(self, label: Int[Array, " b"]) -> Int[Array, " b"]:
+        """Labels that mean no class."""
+        return jnp.full_like(label, self.num_classes)
+
     def teacher_forced(
         self, codes: Int[Array, "b n"], order: Int[Array, "b l"], label: Int[Array, " b"]
     ) -> Float[Array, "b n_plus_1 d"]:
@@ -281,12 +285,24 @@ class Generator:
     Attributes:
       network: The Linen module.
       label_dropout: Chance that a sample is trained without its class.
-      shuffle_rate: Chance that a sample is visited in a random order and not in raster order.
+      shuffle_start, shuffle_stop: Training steps between which the share of samples visited in a
+        random order falls from 1 to 0, the rest being in raster order; None keeps it at 1.
+
+    Raises:
+      ValueError: one of the two steps alone, or a stop that is not after the start.
     """
 
     network: RAR
     label_dropout: float = 0.1
-    shuffle_rate: float = 1.0
+    shuffle_start: int | None = None
+    shuffle_stop: int | None = None
+
+    def __post_init__(self) -> None:
+        start, stop = self.shuffle_start, self.shuffle_stop
+        if (start is None) != (stop is None):
+            raise ValueError(f"shuffle_start {start} and shuffle_stop {stop}: give both or none")
+        if start is not None and stop is not None and start >= stop:
+            raise ValueError(f"shuffle_start {start} must be less than shuffle_stop {stop}")
 
     def init(self, rng: Key[Array, ""]) -> types.Params:
         """Parameters, boxed with their logical axis names."""
@@ -304,19 +320,14 @@ class Generator:
         label: Int[Array, " b"],
         rng: Key[Array, ""],
         *,
-        shuffle_rate: Float[Array, ""] | float | None = None,
+        step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, ""], types.Metrics]:
-        """Mean cross-entropy in nats of every code after those visited before it.
-
-        Args:
-          shuffle_rate: Takes the place of the attribute; `annealed_shuffle_rate` gives RAR's.
-        """
+        """Mean cross-entropy in nats of every code after those visited before it."""
         codes = _codes(tokens)
-        rate = self.shuffle_rate if shuffle_rate is None else shuffle_rate
         order_rng, rate_rng, drop_rng, dropout_rng = jax.random.split(rng, 4)
         dropped = jax.random.bernoulli(drop_rng, self.label_dropout, label.shape)
         label = jnp.where(dropped, self.network.num_classes, label)
-        shuffled = jax.random.bernoulli(rate_rng, rate, label.shape)
+        shuffled = jax.random.bernoulli(rate_rng, self._shuffle_rate(step), label.shape)
         order = jnp.where(
             shuffled[:, None],
             jnp.argsort(jax.random.uniform(order_rng, codes.shape), axis=-1),
@@ -355,6 +366,11 @@ class Generator:
         codes = _codes(tokens)
         order = raster_orders(*codes.shape)
         return self.apply(params, codes[:, :-1], order, label, method=RAR.teacher_forced)
+
+    def _shuffle_rate(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        if self.shuffle_start is None or self.shuffle_stop is None:
+            return jnp.ones(())
+        return annealed_shuffle_rate(step, start=self.shuffle_start, stop=self.shuffle_stop)
 
 
 def raster_orders(num_rows: int, length: int) -> Int[Array, "b l"]:

@@ -23,6 +23,7 @@ class Cache:
     keys: Float[Array, "depth b l kv_heads k"]
     values: Float[Array, "depth b l kv_heads k"]
     index: Int[Array, ""]  # positions filled; the next token goes here
+    visible: Bool[Array, "b l"] | None = None  # places that others may see; None for all
 
 
 def empty_cache(
@@ -54,7 +55,7 @@ def attend(
     queries: Float[Array, "b l h k"],
     keys: Float[Array, "b m kv_heads k"],
     values: Float[Array, "b m kv_heads k"],
-    mask: Bool[Array, "l m"] | None = None,
+    mask: Bool[Array, "l m"] | Bool[Array, "b l m"] | None = None,
     *,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b l h k"]:
@@ -72,6 +73,8 @@ def attend(
     scores = jnp.einsum("blngk,bmnk->bnglm", queries, keys, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(k)
     if mask is not None:
+        if mask.ndim == 3:
+            mask = mask[:, None, None]
         scores = jnp.where(mask, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     if dropout is not None:

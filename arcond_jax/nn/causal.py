@@ -20,6 +20,8 @@ def attend(
 ) -> tuple[Float[Array, "b l h k"], attention.Cache | None]:
     """Every token attends to itself and to those before it, the ones in the cache included.
 
+    Those that the cache calls not visible are seen by themselves alone.
+
     Args:
       layer: Where in the cache the keys and values of this layer lie.
 
@@ -32,5 +34,8 @@ def attend(
         cache = attention.write_layer(cache, layer, keys, values)
         keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
         values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-    mask = jnp.arange(keys.shape[1]) <= start + jnp.arange(queries.shape[1])[:, None]
+    seen, place = jnp.arange(keys.shape[1]), start + jnp.arange(queries.shape[1])[:, None]
+    mask = seen <= place
+    if cache is not None and cache.visible is not None:
+        mask = mask & (cache.visible[:, None] | (seen == place))
     return attention.attend(queries, keys, values, mask, dropout=dropout), cache

@@ -26,10 +26,11 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """w2 gelu(w1 x), exact GELU.
+    """w2 gelu(w1 x).
 
     Attributes:
       dropout: Share of activations dropped after either matrix, where a "dropout" rng is given.
+      approximate: GELU by tanh instead of the exact one.
     """
 
     width: int
@@ -38,16 +39,17 @@ class GeluMLP(nn.Module):
     kernel_init: parameter.Initializer = parameter.normal_init
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+    approximate: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... d"]:
         def dense(features: int, axes: tuple[str, str]) -> linear.Linear:
             return linear.Linear(
                 (features,), axes, self.use_bias, self.kernel_init, dtype=self.dtype
             )
 
         drop = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
-        hidden = jax.nn.gelu(dense(self.hidden, ("embed", "mlp"))(x), approximate=False)
+        hidden = jax.nn.gelu(dense(self.hidden, ("embed", "mlp"))(x), approximate=self.approximate)
         return drop(dense(self.width, ("mlp", "embed"))(drop(hidden)))
 
 

@@ -22,7 +22,8 @@ class CodeModel(Protocol):
 
     `start` gives the condition of position 0 and `advance` that of the position after the one whose
     factors it is given. `factor_logits` draws on the condition and on the factors that were drawn
-    before; their number says which factor comes next.
+    before; their number says which factor comes next. `null` gives the labels of the unconditional
+    rows beside those of the conditional ones.
     """
 
     num_classes: int
@@ -32,6 +33,8 @@ class CodeModel(Protocol):
 
     @property
     def factor_sizes(self) -> tuple[int, ...]: ...
+
+    def null(self, label: Int[Array, " b"]) -> Int[Array, " b"]: ...
 
     def start(self, label: Int[Array, " b"]) -> tuple[Float[Array, "b d"], attention.Cache]: ...
 
@@ -120,7 +123,7 @@ class CodeSampler:
         rngs_of_rows = sampled.row_rngs(rng, label.shape[0], first_row)
         fed_label = label
         if self.guided:
-            fed_label = jnp.concatenate([label, jnp.full_like(label, self.network.num_classes)])
+            fed_label = jnp.concatenate([label, self.network.null(label)])
 
         def draw(
             cond: Float[Array, "n d"], state: types.RefinerState, position: Int[Array, ""]

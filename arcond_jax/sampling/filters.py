@@ -4,7 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt
 
 SCHEDULES = ("constant", "linear")
 
@@ -65,6 +65,28 @@ def guide_noise(
     return jnp.concatenate([guide(predicted, weight), jnp.split(v, 2)[0]], axis=-1)
 
 
+def kth_largest(logits: Float[Array, "*n v"], k: int) -> Float[Array, "*n 1"]:
+    """The k-th largest of each row, equal ones counted apart: exact, and cheaper than a sort.
+
+    The bits of a float32, those of a negative one inverted and else the sign bit set, order as its
+    value does. The answer is the largest number that at least k of the row reach, and 32 counts
+    give it bit by bit, from the highest down.
+    """
+    bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order = jnp.where(bits < sign, bits | sign, ~bits)
+
+    def settle(i: Int[Array, ""], answer: UInt[Array, "*n 1"]) -> UInt[Array, "*n 1"]:
+        trial = answer | (sign >> i.astype(jnp.uint32))
+        reached = jnp.sum(order >= trial, axis=-1, keepdims=True)
+        return jnp.where(reached >= k, trial, answer)
+
+    answer = jnp.zeros((*logits.shape[:-1], 1), jnp.uint32)
+    answer = jax.lax.fori_loop(0, 32, settle, answer)
+    bits = jnp.where(answer < sign, ~answer, answer ^ sign)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(logits.dtype)
+
+
 def filter_logits(
     logits: Float[Array, "*n v"],
     *,
@@ -82,8 +104,7 @@ def filter_logits(
     Nguyen et al. (2024), "Turning Up the Heat".
     """
     if top_k is not None and top_k < logits.shape[-1]:
-        threshold = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+        logits = jnp.where(logits < kth_largest(logits, top_k), -jnp.inf, logits)
     if top_p is not None and top_p < 1.0:
         order = jnp.argsort(-logits, axis=-1)
         ranked = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)

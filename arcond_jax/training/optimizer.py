@@ -10,9 +10,17 @@ NOT_DECAYED = ("bias", "gain", "scale")
 
 
 def learning_rate(
-    peak: float, *, num_train_steps: int, num_warmup_steps: int, decay: str
+    peak: float,
+    *,
+    num_train_steps: int,
+    num_warmup_steps: int,
+    decay: str,
+    decay_to: float = 0.0,
 ) -> optax.Schedule:
-    """Linear warm-up to `peak`, then constant, or down to 0 along a line or half a cosine.
+    """Linear warm-up to `peak`, then constant, or down along a line or half a cosine.
+
+    Args:
+      decay_to: What is left at the end, as a share of the peak.
 
     Raises:
       ValueError: unknown decay, or a warm-up longer than the run.
@@ -26,8 +34,8 @@ def learning_rate(
     left = max(1, num_train_steps - num_warmup_steps)
     after = {
         "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, left),
-        "cosine": optax.cosine_decay_schedule(peak, left),
+        "linear": optax.linear_schedule(peak, decay_to * peak, left),
+        "cosine": optax.cosine_decay_schedule(peak, left, alpha=decay_to),
     }[decay]
     # The first update already moves: step 0 has the rate of one warm-up step.
     warmup = optax.linear_schedule(peak / max(1, num_warmup_steps), peak, num_warmup_steps)

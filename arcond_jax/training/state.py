@@ -67,8 +67,8 @@ def abstract(
     return jax.eval_shape(lambda: _init(generator, optimizer, make_bank, jax.random.key(seed)))
 
 
-def abstract_on(boxed: TrainState, mesh: Mesh) -> TrainState:
-    """Shapes with the shardings they have on a mesh, ready to restore into."""
+def abstract_on(boxed: Any, mesh: Mesh) -> Any:
+    """Shapes of a state or a part of it, with their places on a mesh, ready to restore into."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         nn.unbox(boxed),

@@ -30,15 +30,15 @@ def make_train_step(
       random_flip: Whether half of the images are mirrored, left to right.
     """
 
-    def gradient(params, tokens, label, rng):
+    def gradient(params, tokens, label, rng, step):
         (_, metrics), grads = jax.value_and_grad(generator.loss, has_aux=True)(
-            params, tokens, label, rng
+            params, tokens, label, rng, step=step
         )
         return metrics, grads
 
-    def accumulated_gradient(params, tokens, label, rng):
+    def accumulated_gradient(params, tokens, label, rng, step):
         if num_accumulations == 1:
-            return gradient(params, tokens, label, rng)
+            return gradient(params, tokens, label, rng, step)
 
         # Piece i takes every n-th row, so that each piece lies on all devices.
         def pieces(x: Array) -> Array:
@@ -46,13 +46,14 @@ def make_train_step(
 
         def body(total, piece):
             i, piece_tokens, piece_label = piece
-            new = gradient(params, piece_tokens, piece_label, jax.random.fold_in(rng, i))
+            new = gradient(params, piece_tokens, piece_label, jax.random.fold_in(rng, i), step)
             return jax.tree.map(jnp.add, total, new), None
 
         tokens, label = jax.tree.map(pieces, (tokens, label))
         first = jax.tree.map(lambda x: x[0], (tokens, label))
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *first, rng)
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(gradient, params, *first, rng, step),
         )
         total, _ = jax.lax.scan(body, zeros, (jnp.arange(num_accumulations), tokens, label))
         return jax.tree.map(lambda x: x / num_accumulations, total)
@@ -68,7 +69,7 @@ def make_train_step(
             flipped = jax.random.bernoulli(flip_rng, 0.5, (image.shape[0], 1, 1, 1))
             image = jnp.where(flipped, image[:, :, ::-1], image)
         tokens = tokenizer.encode(image, encode_rng)
-        metrics, grads = accumulated_gradient(state.params, tokens, batch.label, rng)
+        metrics, grads = accumulated_gradient(state.params, tokens, batch.label, rng, state.step)
 
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

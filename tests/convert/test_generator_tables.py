@@ -8,7 +8,7 @@ import pytest
 
 from arcond_jax.convert import llamagen, magvit2, table
 from arcond_jax.convert import rar as rar_table
-from arcond_jax.models import diffusion_head, gpt, joint, rar
+from arcond_jax.models import captioned, diffusion_head, gpt, joint, rar
 from arcond_jax.models import magvit2 as magvit2_model
 
 GRID, NUM_CLASSES = (16, 16), 1000
@@ -21,6 +21,7 @@ OFFICIAL = {
     ("llamagen", "L"): (172, 342_910_976),
     ("llamagen", "XL"): (256, 774_699_520),
     ("llamagen", "XXL"): (340, 1_410_972_672),
+    ("llamagen_t2i", "XL"): (258, 777_923_840),  # 245,760 of them a buffer, the missing caption
     ("rar", "B"): (441, 260_923_648),
     ("rar", "L"): (441, 461_668_352),
     ("rar", "XL"): (585, 955_425_024),
@@ -40,6 +41,13 @@ def made(family, size):
         backbone = gpt.GPT(grid=GRID, **gpt.SIZES[size])
         network = joint.Joint(backbone, NUM_CLASSES, num_codes=16384)
         rows, method = llamagen.rows(network), joint.Joint.touch_all
+    elif family == "llamagen_t2i":
+        backbone = gpt.GPT(grid=GRID, num_prefix=captioned.NUM_PREFIX, **gpt.SIZES[size])
+        network = captioned.Captioned(backbone, 0, num_codes=16384)
+        rows = llamagen.captioned_rows(network)
+        touch_all = captioned.Captioned.touch_all
+        shapes = jax.eval_shape(lambda rng: network.init(rng, method=touch_all), jax.random.key(0))
+        return rows, nn.unbox(shapes)["params"]
     else:
         sizes = dict(magvit2_model.SIZES[size])
         intra_depth = sizes.pop("intra_depth")

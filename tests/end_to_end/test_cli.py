@@ -101,6 +101,7 @@ def sample(workdir, *more):
     [
         (["--label", "10"], "label 10 is not a class: use 0 to 9"),
         (["--label", "-1"], "label -1 is not a class: use 0 to 9"),
+        (["--class-name", "zero"], "classes of ImageNet, and this model has 10: use --label"),
         (["--num_images", "0"], "--num_images and --batch_size must be at least 1"),
         (["--config.sampling.stride=2"], "a stride above 1 needs a model of codes alone"),
         (["--config.gpt.width=32"], "holds a run with gpt.width=16, the config says 32"),

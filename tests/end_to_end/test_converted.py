@@ -113,7 +113,7 @@ def test_weights_that_do_not_fit(official, tmp_path, capsys):
         (convert("mar", tmp_path / "no.pth", out), "no.pth does not exist"),
         (
             convert("mar", source, out, "--tokenizer", tmp_path),
-            "holds no converted tokenizer: convert kl16 first",
+            "holds no converted tokenizer: convert it first",
         ),
         (convert("mar", source, out, *FLAGS), "needs --config"),
     ):

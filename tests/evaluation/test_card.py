@@ -16,6 +16,7 @@ SETTINGS = card_lib.Settings(
     num_ar_steps=None,
     solver="ddim",
     num_head_evaluations=10,
+    other_settings={"top_k": 5},
     refinement="transport",
     refinement_settings={"strength": 0.5, "epsilon": 0.1},
     seed=7,

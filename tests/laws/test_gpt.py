@@ -73,11 +73,12 @@ def test_unrolled_layers_have_the_same_parameters_and_values(params, tokens, exp
 
 def test_recomputed_layers_give_the_same_value_and_gradient(params, tokens):
     results = []
+    rngs = {"dropout": jax.random.key(3)}  # what is dropped must be drawn again alike
     for remat in stack.REMAT:
-        network = gpt.GPT(**SETTINGS, remat=remat)
+        network = gpt.GPT(**SETTINGS, remat=remat, dropout=0.1, attention_dropout=0.1)
 
         def loss(params, network=network):
-            return jnp.mean(network.apply({"params": params}, tokens)[0] ** 2)
+            return jnp.mean(network.apply({"params": params}, tokens, rngs=rngs)[0] ** 2)
 
         results.append(jax.jit(jax.value_and_grad(loss))(params))
     assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(results[0][1])) > 1e-2
@@ -85,6 +86,95 @@ def test_recomputed_layers_give_the_same_value_and_gradient(params, tokens):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), results[0], other
         )
+
+
+@pytest.fixture(scope="module")
+def dropped(tokens):
+    """What the layers add to the tokens, for 16 draws of dropout at a rate of 3/4."""
+    network = gpt.GPT(**SETTINGS, dropout=0.75)
+
+    @jax.jit
+    def run(params):
+        def draw(rng):
+            return network.apply({"params": params}, tokens, rngs={"dropout": rng})[0] - tokens
+
+        return jax.vmap(draw)(jax.random.split(jax.random.key(4), 16))
+
+    return run
+
+
+def scaled_kernels(params, *, out=(1.0, 1.0), mlp=(1.0, 1.0)):
+    """The last matrix of attention and of SwiGLU, in each layer, times a number."""
+
+    def scale(branch, factors):
+        return branch | {"kernel": branch["kernel"] * jnp.array(factors)[:, None, None]}
+
+    blocks = params["blocks"]
+    last = scale(blocks["mlp"]["Linear_1"], mlp)
+    changed = {"out": scale(blocks["out"], out), "mlp": blocks["mlp"] | {"Linear_1": last}}
+    return {"blocks": blocks | changed}
+
+
+@pytest.mark.parametrize("silent", ["out", "mlp"])
+def test_dropout_scales_what_it_keeps_of_a_branch(params, tokens, dropped, silent):
+    one_branch = scaled_kernels(
+        params, **{"out": (1.0, 0.0), "mlp": (1.0, 0.0), silent: (0.0, 0.0)}
+    )
+    plain = run(gpt.GPT(**SETTINGS))(one_branch, tokens, None)[0] - tokens
+    added = np.asarray(dropped(one_branch))
+    kept = added != 0.0
+    expected = np.broadcast_to(4.0 * plain, added.shape)[kept]
+    np.testing.assert_allclose(added[kept], expected, atol=1e-4)
+    assert abs(kept.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / kept.size)
+
+
+def test_dropout_is_drawn_anew_for_each_branch_and_layer(params, dropped):
+    # An element is left as it was where two branches of two layers all drop it.
+    share, rate = (np.asarray(dropped(params)) == 0.0), 0.75**4
+    assert abs(share.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / share.size)
+
+
+def test_attention_dropout_drops_whole_weights_and_keeps_the_mean(params, tokens):
+    rate, num_draws = 0.5, 1024
+    network = gpt.GPT(**SETTINGS, attention_dropout=rate)
+    width, num_heads = SETTINGS["width"], SETTINGS["num_heads"]
+    first = scaled_kernels(params, mlp=(0.0, 0.0))["blocks"]
+    # One layer that shows the mixed values as they are.
+    kernel = jnp.stack([jnp.eye(width), jnp.zeros((width, width))])
+    params = {"blocks": first | {"out": {"kernel": kernel}}}
+    plain = run(gpt.GPT(**SETTINGS))(params, tokens, None)[0] - tokens
+
+    @jax.jit
+    def draws(params):
+        def draw(rng):
+            return network.apply({"params": params}, tokens, rngs={"dropout": rng})[0] - tokens
+
+        return jax.vmap(draw)(jax.random.split(jax.random.key(4), num_draws))
+
+    added = np.asarray(draws(params))
+    error = np.abs(added.mean(0) - plain) / (added.std(0) / np.sqrt(num_draws))
+    assert error.max() < 5.0  # standard errors, of 448 numbers
+    # The first position has one weight in each head: there or not.
+    heads = added[:, :, 0].reshape(num_draws, 2, num_heads, -1)
+    there = np.any(heads != 0.0, axis=-1, keepdims=True)
+    expected = plain[:, 0].reshape(2, num_heads, -1) / (1.0 - rate)
+    np.testing.assert_allclose(heads, np.where(there, expected, 0.0), atol=1e-5)
+    assert abs(there.mean() - rate) < 4 * np.sqrt(rate * (1.0 - rate) / there.size)
+
+
+def test_dropout_is_off_without_its_rng_or_at_a_rate_of_zero(params, tokens):
+    def program(rngs, **rates):
+        network = gpt.GPT(**SETTINGS, **rates)
+
+        def forward(params):
+            return network.apply({"params": params}, tokens, rngs=rngs)[0]
+
+        return jax.jit(forward).lower(params).as_text()
+
+    rates, rngs = dict(dropout=0.1, attention_dropout=0.1), {"dropout": jax.random.key(0)}
+    plain = program({})
+    assert program({}, **rates) == plain == program(rngs)
+    assert program(rngs, **rates) != plain
 
 
 def test_grouped_queries_equal_repeated_keys_and_values(tokens):

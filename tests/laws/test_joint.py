@@ -210,6 +210,44 @@ def test_a_dropped_label_is_the_null_class(joint_params, tokens):
     assert abs(null - kept) > 1e-4
 
 
+# Of codes alone, one at a time: its loss draws nothing but dropout.
+SINGLE_CODES = Generator(
+    Joint(BACKBONE, NUM_CLASSES, num_codes=NUM_CODES), PROCESS, label_dropout=0.0
+)
+
+
+def single_codes_loss(joint_params, tokens, **network_options):
+    """A function of the random key and the label."""
+    network = SINGLE_CODES.network.clone(**network_options)
+    generator = dataclasses.replace(SINGLE_CODES, network=network)
+    table = joint_params["code_embed"]["table"][:NUM_CODES]
+    params = joint_params | {"code_embed": {"table": table}}
+    return jax.jit(lambda rng, label: generator.loss(params, tokens, label, rng)[0])
+
+
+def test_dropout_of_the_backbone_follows_the_rng_of_the_loss(joint_params, tokens):
+    other = jax.random.key(4)
+    plain = single_codes_loss(joint_params, tokens)
+    assert plain(RNG, LABEL) == plain(other, LABEL)
+    dropping = single_codes_loss(joint_params, tokens, backbone=BACKBONE.clone(dropout=0.5))
+    assert abs(dropping(RNG, LABEL) - dropping(other, LABEL)) > 1e-3
+
+
+def test_token_dropout_reaches_the_class_in_training_alone(joint_params, tokens):
+    blank = single_codes_loss(joint_params, tokens, token_dropout=1.0)
+    # Fed nothing, not even its class, the network has one guess for all.
+    assert blank(RNG, LABEL) == blank(RNG, LABEL[::-1])
+
+    def program(network):
+        def conditions(params):
+            generator = dataclasses.replace(PLAIN, network=network)
+            return generator.conditions(params, tokens, LABEL)
+
+        return jax.jit(conditions).lower(joint_params).as_text()
+
+    assert program(JOINT.clone(token_dropout=1.0)) == program(JOINT)
+
+
 def test_every_kind_of_draft_is_its_own_loss(params, tokens):
     codes = types.Tokens(codes=tokens.codes)
     codebook = np.random.default_rng(0).normal(size=(NUM_CODES, 3)).astype(np.float32)

@@ -191,8 +191,30 @@ def test_loss_needs_codes(params):
         GENERATOR.loss(params, types.Tokens(latents=jnp.zeros((5, 6, 2))), LABEL, RNG)
 
 
+def test_dropout_reaches_the_blocks_over_factors(params):
+    network = NETWORK.clone(backbone=BACKBONE.clone(dropout=0.5))
+    cond = jax.random.normal(RNG, (BATCH, BACKBONE.width))
+    factors = NETWORK.split(CODES[:, 0])
+
+    @jax.jit
+    def laws(rngs):
+        return network.apply(
+            {"params": params},
+            cond,
+            factors,
+            method=magvit2.MAGVIT2.all_factor_logits,
+            rngs=rngs,
+        )
+
+    one, other = (laws({"dropout": jax.random.key(i)}) for i in (0, 1))
+    for a, b in zip(one, other, strict=True):
+        assert np.all(np.abs(a - b).max(-1) > 1e-3)
+
+
 def test_loss_falls_with_dropout():
-    generator = magvit2.Generator(NETWORK.clone(token_dropout=0.1))
+    generator = magvit2.Generator(
+        NETWORK.clone(token_dropout=0.1, backbone=BACKBONE.clone(dropout=0.1))
+    )
     tokens = types.Tokens(codes=jnp.broadcast_to(5 * jnp.arange(LENGTH), (BATCH, LENGTH)))
     update = optax.adam(1e-2)
 

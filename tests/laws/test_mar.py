@@ -1,16 +1,17 @@
 """Laws of the masked model and of its sampling loop."""
 
-import dataclasses
 import itertools
 import resource
 import time
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from arcond_jax import build, types
 from arcond_jax.diffusion import schedule as schedule_lib
@@ -42,20 +43,9 @@ RNG = jax.random.key(3)
 SOLVER = solvers.Solver(COSINE.respace(np.array([0, 300, 600, 900])))
 
 
-@jax.jit
-def shaken(params, scale=0.1):
-    """Parameters away from the zeros they start with."""
-    leaves, structure = jax.tree.flatten(params)
-    rngs = jax.random.split(jax.random.key(1), len(leaves))
-    noised = [
-        x + scale * jax.random.normal(rng, x.shape) for x, rng in zip(leaves, rngs, strict=True)
-    ]
-    return jax.tree.unflatten(structure, noised)
-
-
 @pytest.fixture(scope="module")
 def params():
-    return shaken(nn.unbox(jax.jit(GENERATOR.init)(jax.random.key(0))))
+    return tiny.random_params(GENERATOR.init)
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +62,24 @@ def sampler(**changes):
     return sampling.MARSampler(NETWORK, SOLVER, **(options | changes))
 
 
-def draw(params, loop, refiner=refiners.Identity(), **given):  # noqa: B008
-    run = jax.jit(lambda params: loop(params, RNG, LABEL, refiner=refiner, **given))
-    return run(params)
+def compiled(loop):
+    """The jitted sampler, `first_row` included."""
+
+    @jax.jit
+    def run(params, rng, label, refiner, first_row):
+        return loop(params, rng, label, refiner=refiner, first_row=first_row)
+
+    return run
+
+
+IDENTITY = refiners.Identity()
+plain_run = compiled(sampler())
 
 
 @pytest.fixture(scope="module")
 def plain(params):
     """What the sampler draws without guidance; most laws compare with it."""
-    return draw(params, sampler()).tokens.latents
-
-
-@pytest.fixture(scope="module")
-def guided(params):
-    """The same with guidance."""
-    return draw(params, sampler(guidance_scale=2.0)).tokens.latents
+    return plain_run(params, RNG, LABEL, IDENTITY, 0).tokens.latents
 
 
 # The network.
@@ -275,11 +268,17 @@ def unrolled(params, loop):
     rngs = jax.vmap(jax.random.split)(
         jax.vmap(jax.random.fold_in, (None, 0))(RNG, jnp.arange(len(LABEL)))
     )
-    rank = jnp.stack([jax.random.uniform(rng, (LENGTH,)) for rng in rngs[:, 0]])
+    rank = jax.vmap(lambda rng: jax.random.uniform(rng, (LENGTH,)))(rngs[:, 0])
     order = jnp.argsort(rank, axis=-1)
+
+    def noise_of(rng, number):
+        shape = (loop.solver.num_evaluations + 1, CHANNELS)
+        return jax.random.normal(jax.random.fold_in(rng, number), shape)
+
+    noise = jax.vmap(jax.vmap(noise_of, (None, 0), 1), (0, None), 1)(rngs[:, 1], jnp.arange(LENGTH))
     tokens = jnp.zeros((len(LABEL), LENGTH, CHANNELS))
     ends = sampling.step_ends(LENGTH, loop.num_ar_steps).tolist()
-    null = jnp.full_like(LABEL, NETWORK.num_classes)
+    labels = jnp.stack([LABEL, jnp.full_like(LABEL, NETWORK.num_classes)])
     for start, end in itertools.pairwise([0, *ends]):
 
         def condition(label, start=start, end=end, tokens=tokens):
@@ -288,66 +287,47 @@ def unrolled(params, loop):
             )
             return apply(params, encoded, order, start, method=mar.MAR.decode)[:, start:end]
 
-        conditional, unconditional = condition(LABEL), condition(null)
+        conds = jax.vmap(condition)(labels)
         share = min(end, LENGTH - 1) / LENGTH
         weight = 1.0 + (loop.guidance_scale - 1.0) * share
-        noise = jnp.stack(
-            [
-                jnp.stack(
-                    [
-                        jax.random.normal(
-                            jax.random.fold_in(rng, i), (loop.solver.num_evaluations + 1, CHANNELS)
-                        )
-                        for i in range(start, end)
-                    ],
-                    axis=1,
-                )
-                for rng in rngs[:, 1]
-            ],
-            axis=1,
-        )
 
-        def denoise(x, t, conditional=conditional, unconditional=unconditional, weight=weight):
-            a, b = (
-                apply(params, x, t, cond, method=mar.MAR.denoise)
-                for cond in (conditional, unconditional)
-            )
+        def denoise(x, t, conds=conds, weight=weight):
+            a, b = jax.vmap(lambda cond: apply(params, x, t, cond, method=mar.MAR.denoise))(conds)
             predicted, v = jnp.split(a, 2, axis=-1)
             plain = jnp.split(b, 2, axis=-1)[0]
             return jnp.concatenate([plain + weight * (predicted - plain), v], axis=-1)
 
-        drawn = loop.solver(denoise, noise[0], noise[1:])
+        drawn = loop.solver(denoise, noise[0, :, start:end], noise[1:, :, start:end])
         tokens = tokens.at[:, start:end].set(drawn)
     return mar.in_grid(tokens, order)
 
 
-def test_buckets_equal_an_unrolled_loop(params, guided):
-    loop = sampler(guidance_scale=2.0)
+def test_buckets_equal_an_unrolled_loop(params):
+    loop = sampler(guidance_scale=2.0, num_ar_steps=3)
+    assert max(bucket.stop - bucket.start for bucket in loop.buckets()) == 2
+    drawn = compiled(loop)(params, RNG, LABEL, IDENTITY, 0).tokens.latents
     reference = jax.jit(lambda params: unrolled(params, loop))(params)
-    np.testing.assert_allclose(guided, reference, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(drawn, reference, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.slow
 def test_the_number_of_buckets_changes_nothing(params, plain):
-    other = draw(params, sampler(num_buckets=4)).tokens.latents
+    other = compiled(sampler(num_buckets=4))(params, RNG, LABEL, IDENTITY, 0).tokens.latents
     np.testing.assert_allclose(other, plain, rtol=2e-4, atol=2e-5)
 
 
 def test_guidance_of_one_is_none(params, plain):
     """A doubled batch with weight 1 draws what the conditional rows alone draw."""
-    loop = sampler(guidance_scale=1.0 + 1e-7)
+    # In one bucket: nothing depends on their number, and half as much is compiled.
+    loop = sampler(guidance_scale=1.0 + 1e-7, num_buckets=1)
     assert loop.guided
-    np.testing.assert_allclose(draw(params, loop).tokens.latents, plain, rtol=2e-4, atol=2e-5)
+    drawn = compiled(loop)(params, RNG, LABEL, IDENTITY, 0).tokens.latents
+    np.testing.assert_allclose(drawn, plain, rtol=2e-4, atol=2e-5)
 
 
 def test_a_row_does_not_depend_on_its_batch(params, plain):
-    loop = sampler()
-
-    @jax.jit
-    def one(params, label, row):
-        return loop(params, RNG, label, refiner=refiners.Identity(), first_row=row).tokens.latents
-
-    np.testing.assert_allclose(one(params, LABEL[2:3], 2), plain[2:3], rtol=2e-4, atol=2e-5)
+    alone = compiled(sampler(num_buckets=1))(params, RNG, LABEL[2:3], IDENTITY, 2)
+    np.testing.assert_allclose(alone.tokens.latents, plain[2:3], rtol=2e-4, atol=2e-5)
 
 
 def test_known_tokens_stay_and_the_rest_is_drawn(params, latents):
@@ -357,7 +337,7 @@ def test_known_tokens_stay_and_the_rest_is_drawn(params, latents):
 
     @jax.jit
     def run(params, known):
-        return loop(params, RNG, LABEL, refiner=refiners.Identity(), known=known).tokens.latents
+        return loop(params, RNG, LABEL, refiner=IDENTITY, known=known).tokens.latents
 
     drawn = run(params, known)
     np.testing.assert_array_equal(drawn[mask], latents[mask])
@@ -370,52 +350,55 @@ def test_known_tokens_stay_and_the_rest_is_drawn(params, latents):
 def test_known_tokens_and_their_number_go_together(params, latents):
     known = sampling.Known(latents, jnp.zeros((len(LABEL), LENGTH), bool))
     with pytest.raises(ValueError, match="num_known is 0: pass `known` if and only if"):
-        sampler()(params, RNG, LABEL, refiner=refiners.Identity(), known=known)
+        sampler()(params, RNG, LABEL, refiner=IDENTITY, known=known)
     with pytest.raises(ValueError, match="16 of 16 tokens are known: leave at least one"):
         sampler(num_known=LENGTH, num_ar_steps=1)
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Counting:
-    """Adds the slot to every condition, and counts calls."""
+    """Adds a multiple of the slot to every condition, and counts calls."""
+
+    amount: float
 
     def init(self, label):
         return jnp.zeros((), jnp.int32)
 
     def __call__(self, cond, state, *, slot, label):
-        return cond + 0.01 * slot, state + 1
+        return cond + self.amount * slot, state + 1
 
 
-def test_the_refiner_moves_every_drawn_condition(params, plain):
-    loop = sampler(num_buckets=4, trace=True)
-    sampled = draw(params, loop, Counting())
-    assert sampled.refiner_state == LENGTH  # 4 buckets: no step draws more than is due
-    drawn, refined = sampled.cond
-    assert drawn.shape == (len(LABEL), 4, 16)
+def test_the_refiner_moves_every_drawn_condition(params):
+    run = compiled(sampler(num_ar_steps=2, trace=True))
+    still, moved = (run(params, RNG, LABEL, Counting(amount), 0) for amount in (0.0, 0.01))
+    assert moved.refiner_state == LENGTH  # a bucket for each step: none draws more than is due
+    drawn, refined = moved.cond
+    assert drawn.shape == (len(LABEL), 2, 16)
     np.testing.assert_allclose(
-        refined - drawn, jnp.broadcast_to(0.01 * jnp.arange(4)[:, None], drawn.shape), atol=1e-6
+        refined - drawn, jnp.broadcast_to(0.01 * jnp.arange(2)[:, None], drawn.shape), atol=1e-6
     )
-    assert jnp.abs(plain - sampled.tokens.latents).max() > 1e-4
+    np.testing.assert_array_equal(*still.cond)
+    assert jnp.abs(still.tokens.latents - moved.tokens.latents).max() > 1e-4
 
 
 def test_without_refinement_the_sampler_is_the_plain_one(params, plain):
     """Bit for bit the sampler into which no refiner was ever built."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sampling, "refine_columns", lambda cond, *_, **__: (cond, None))
-        np.testing.assert_array_equal(draw(params, sampler()).tokens.latents, plain)
+        bare = compiled(sampler())(params, RNG, LABEL, IDENTITY, 0).tokens.latents
+    np.testing.assert_array_equal(bare, plain)
 
 
-def test_one_program_and_no_transfer(params):
+def test_one_program_and_no_transfer(params, plain):
     """All steps run from one compiled program that reads nothing from the host."""
-    loop = sampler()
-    run = jax.jit(lambda params, rng, label: loop(params, rng, label, refiner=refiners.Identity()))
-    first = run(params, RNG, LABEL)
-    other = jax.random.key(9)
+    other, first_row = jax.random.key(9), jnp.asarray(0)
+    plain_run(params, RNG, LABEL, IDENTITY, first_row)
+    num_programs = plain_run._cache_size()
     with jax.transfer_guard("disallow"):
-        again = run(params, RNG, LABEL)
-        run(params, other, LABEL)
-    np.testing.assert_array_equal(first.tokens.latents, again.tokens.latents)
-    assert run._cache_size() == 1
+        again = plain_run(params, RNG, LABEL, IDENTITY, first_row).tokens.latents
+        plain_run(params, other, LABEL, IDENTITY, first_row)
+    np.testing.assert_array_equal(again, plain)
+    assert plain_run._cache_size() == num_programs
 
 
 def test_conditions_are_those_of_real_prefixes(params, latents):

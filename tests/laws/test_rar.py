@@ -35,6 +35,7 @@ CODES = jax.random.randint(jax.random.key(2), (BATCH, LENGTH), 0, NUM_CODES)
 ORDER = jnp.argsort(jax.random.uniform(jax.random.key(3), (BATCH, LENGTH)), axis=-1)
 RASTER = rar.raster_orders(BATCH, LENGTH)
 IDENTITY = refiners.Identity()
+HALFWAY_RNGS = jax.random.split(jax.random.key(6), 40)
 
 
 @pytest.fixture(scope="module")
@@ -201,33 +202,52 @@ def test_impossible_choices_are_refused():
         codes_lib.Draw(temperature=0.0)
 
 
+ANNEALED = dataclasses.replace(GENERATOR, shuffle_start=100, shuffle_stop=300)
+
+
 @functools.partial(jax.jit, static_argnames="label_dropout")
-def loss(params, rng, label, shuffle_rate, label_dropout=0.0):
-    generator = dataclasses.replace(GENERATOR, label_dropout=label_dropout)
-    tokens = types.Tokens(codes=CODES)
-    return generator.loss(params, tokens, label, rng, shuffle_rate=shuffle_rate)
+def loss(params, rng, label, step, label_dropout=0.0):
+    generator = dataclasses.replace(ANNEALED, label_dropout=label_dropout)
+    return generator.loss(params, types.Tokens(codes=CODES), label, rng, step=step)
 
 
 def test_loss_in_raster_order_is_the_naive_one(params):
-    total, metrics = loss(params, RNG, LABEL, 0.0)
+    total, metrics = loss(params, RNG, LABEL, 300)
     log_p = np.asarray(jax.nn.log_softmax(logits(params, CODES, RASTER, LABEL)))
     naive = -np.mean([log_p[i, j, CODES[i, j]] for i in range(BATCH) for j in range(LENGTH)])
     np.testing.assert_allclose(total, naive, rtol=1e-5)
     assert metrics["shuffled"] == 0.0
-    shuffled, metrics = loss(params, RNG, LABEL, 1.0)
+    shuffled, metrics = loss(params, RNG, LABEL, 100)
     assert metrics["shuffled"] == 1.0 and abs(shuffled - total) > 1e-3
+    halfway = [float(loss(params, rng, LABEL, 200)[1]["shuffled"]) for rng in HALFWAY_RNGS]
+    deviation = 0.5 / np.sqrt(BATCH * len(halfway))
+    assert abs(np.mean(halfway) - 0.5) < 4 * deviation
+
+
+def test_without_annealing_orders_are_random_for_ever(params):
+    tokens = types.Tokens(codes=CODES)
+    for_ever = jax.jit(lambda step: GENERATOR.loss(params, tokens, LABEL, RNG, step=step)[0])
+    annealed = loss(params, RNG, LABEL, 0)[0]
+    np.testing.assert_allclose([for_ever(0), for_ever(10**9)], [annealed, annealed], rtol=1e-6)
 
 
 def test_a_dropped_label_is_the_null_class(params):
-    dropped = loss(params, RNG, LABEL, 0.5, label_dropout=1.0)[0]
-    null = loss(params, RNG, jnp.full_like(LABEL, NUM_CLASSES), 0.5)[0]
+    dropped = loss(params, RNG, LABEL, 200, label_dropout=1.0)[0]
+    null = loss(params, RNG, jnp.full_like(LABEL, NUM_CLASSES), 200)[0]
     np.testing.assert_allclose(dropped, null, rtol=1e-6)
-    assert abs(null - loss(params, RNG, LABEL, 0.5)[0]) > 1e-4
+    assert abs(null - loss(params, RNG, LABEL, 200)[0]) > 1e-4
 
 
 def test_shuffle_rate_falls_along_a_line_between_two_steps():
     rates = [rar.annealed_shuffle_rate(s, start=100, stop=300) for s in (0, 100, 150, 300, 999)]
     np.testing.assert_allclose(rates, [1.0, 1.0, 0.75, 0.0, 0.0])
+
+
+def test_annealing_needs_two_steps_in_order():
+    with pytest.raises(ValueError, match="shuffle_start 3 and shuffle_stop None: give both"):
+        rar.Generator(NETWORK, shuffle_start=3)
+    with pytest.raises(ValueError, match="shuffle_start 3 must be less than shuffle_stop 3"):
+        rar.Generator(NETWORK, shuffle_start=3, shuffle_stop=3)
 
 
 def test_loss_needs_codes(params):

@@ -1,5 +1,6 @@
 """Which check serves which archive, by the prefix of its name."""
 
+import checks_captioned
 import checks_diffusion
 import checks_gpt
 import checks_kl
@@ -9,6 +10,7 @@ import checks_rar
 import checks_vq
 
 CHECKS = {
+    **checks_captioned.CHECKS,
     **checks_diffusion.CHECKS,
     **checks_gpt.CHECKS,
     **checks_kl.CHECKS,

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from arcond_jax import build, sharding, types
+from arcond_jax.models import rar
 from arcond_jax.training import loop, optimizer, step
 from arcond_jax.training import state as state_lib
 
@@ -169,10 +170,10 @@ class Regression:
     def init(self, rng):
         return {"kernel": jnp.arange(4.0)}
 
-    def loss(self, params, tokens, label, rng):
+    def loss(self, params, tokens, label, rng, *, step=0):
         target = label + self.noise * jax.random.normal(rng, label.shape)
         loss = jnp.mean((tokens.latents[:, 0] @ params["kernel"] - target) ** 2)
-        return loss, {"loss": loss}
+        return loss, {"loss": loss, "step": jnp.asarray(step, jnp.float32)}
 
 
 @flax.struct.dataclass
@@ -186,6 +187,19 @@ class Identity:
 
     def decode(self, tokens):
         return tokens.latents[:, None]
+
+
+@flax.struct.dataclass
+class Coded:
+    """A tokenizer of the signs of what images hold."""
+
+    code_law = None
+
+    def encode(self, image, rng=None):
+        return types.Tokens(codes=(image[:, 0, 0] > 0).astype(jnp.int32))
+
+    def decode(self, tokens):
+        return tokens.codes[:, None, None].astype(jnp.float32)
 
 
 REGRESSION_BATCH = types.Batch(
@@ -233,6 +247,34 @@ def test_accumulation_without_noise_is_the_whole_batch():
     )
     np.testing.assert_allclose(whole[0].params["kernel"], pieces[0].params["kernel"], rtol=1e-5)
     np.testing.assert_allclose(whole[1]["loss"], pieces[1]["loss"], rtol=1e-6)
+
+
+def metrics_of_steps(generator, tokenizer, num_steps, **options):
+    """The metrics of the first steps."""
+    update = optax.sgd(0.1)
+    state = state_lib.create(generator, update, lambda: None, seed=0, mesh=one_device())
+    rate = optax.constant_schedule(1.0)
+    step_fn = jax.jit(step.make_train_step(generator, update, rate, ema_decay=0.0, **options))
+    seen = []
+    for _ in range(num_steps):
+        state, metrics = step_fn(state, tokenizer, REGRESSION_BATCH)
+        seen.append(metrics)
+    return seen
+
+
+@pytest.mark.parametrize("num_accumulations", [1, 4])
+def test_the_loss_knows_how_many_updates_there_were(num_accumulations):
+    seen = metrics_of_steps(Regression(), Identity(), 3, num_accumulations=num_accumulations)
+    assert [metrics["step"] for metrics in seen] == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.slow
+def test_random_orders_end_where_they_are_told_to():
+    sizes = dict(depth=1, width=8, num_heads=1, mlp_hidden=8, attention_dropout=0.0, dropout=0.0)
+    network = rar.RAR(grid=(1, 4), num_codes=2, num_classes=3, **sizes)
+    generator = rar.Generator(network, shuffle_start=1, shuffle_stop=2)
+    seen = metrics_of_steps(generator, Coded(), 4)
+    assert [metrics["shuffled"] for metrics in seen] == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_the_average_moves_towards_the_new_parameters():

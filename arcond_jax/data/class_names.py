@@ -1,0 +1,43 @@
+"""Names of the 1,000 classes of ImageNet, to ask for a class by name.
+
+Source: ILSVRC-2012 numbers its synsets in the order of their WordNet ids, and the names are the
+lemmas of WordNet 3.0 (Princeton University, WordNet licence), as in timm's data/_info/
+imagenet_synsets.txt and imagenet_synset_to_lemma.txt. One departure: "crane bird", "construction
+crane", "cardigan sweater" and "tights" are added, where two classes share their only name.
+"""
+
+import difflib
+import pathlib
+from collections.abc import Sequence
+
+NUM_CLASSES = 1000
+_PATH = pathlib.Path(__file__).with_name("imagenet_classes.txt")
+
+
+def imagenet() -> tuple[str, ...]:
+    """A line per class id: its names, the usual one first, with ", " between them."""
+    return tuple(_PATH.read_text(encoding="utf-8").splitlines())
+
+
+def label_of(name: str, names: Sequence[str]) -> int:
+    """The class id of a name, in upper or lower case; a class's first name goes before synonyms.
+
+    Args:
+      names: A line per class id, as `imagenet` gives them.
+
+    Raises:
+      ValueError: No class has that name, with the nearest ones, or several have, with their ids.
+    """
+    lines = [[synonym.lower() for synonym in line.split(", ")] for line in names]
+    asked = " ".join(name.lower().replace("_", " ").split())
+    first = [i for i, line in enumerate(lines) if asked == line[0]]
+    found = first or [i for i, line in enumerate(lines) if asked in line]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        several = "; ".join(f"{i} ({names[i]})" for i in found)
+        raise ValueError(f"class name {name!r} is ambiguous: {several}; give the id")
+    known = dict.fromkeys(synonym for line in lines for synonym in line)
+    near = difflib.get_close_matches(asked, known, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "give its id"
+    raise ValueError(f"no class is named {name!r}: {hint}")

@@ -1,0 +1,23 @@
+"""LlamaGen-XL on ImageNet 384x384: 24x24 codes of VQ-16, 775M parameters.
+
+Paper:     Sun et al. (2024), "Autoregressive Model Beats Diffusion"
+Recipe:    autoregressive/train/train_c2i.py of FoundationVision/LlamaGen: 300 epochs at 256 images,
+           AdamW (0.9, 0.95), constant 1e-4, weight decay 0.05, clipping at 1, dropout 0.1 of tokens
+           and branches, labels dropped 0.1. Departure: one centre crop and its mirror image in
+           place of ten crops; the average of weights is kept, and is 0.9999
+Sampling:  guidance 1.75, temperature 1, no cuts
+Command:   arcond train --config configs/llamagen_xl_384.py --workdir runs/llamagen_xl_384
+             --config.data.directory=IMAGENET --config.tokenizer.path=weights/vq16
+Hardware:  not yet run
+Score:     not yet run; official weights in the official code: FID 2.62, resized to 256
+"""
+
+import ml_collections
+
+from configs import llamagen_b_256
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant:
+        raise ValueError(f"llamagen_xl_384 has no variants, so not {variant!r}")
+    return llamagen_b_256.sized("llamagen_xl_384", "XL", guidance_scale=1.75, image_size=384)

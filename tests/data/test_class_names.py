@@ -1,0 +1,59 @@
+"""Class names: ids that everybody knows, every class within reach, and what other names cost."""
+
+import contextlib
+
+import pytest
+
+from arcond_jax.data import class_names
+
+NAMES = class_names.imagenet()
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("tench", 0),
+        ("Tinca tinca", 0),
+        ("Golden Retriever", 207),
+        ("  persian_cat ", 283),
+        ("minivan", 656),
+        ("space shuttle", 812),
+        ("volcano", 980),
+        ("toilet tissue", 999),
+        ("toilet paper", 999),
+    ],
+)
+def test_names_have_their_ids(name, label):
+    assert class_names.label_of(name, NAMES) == label
+
+
+def test_every_class_can_be_asked_for():
+    assert len(NAMES) == class_names.NUM_CLASSES
+    for label, line in enumerate(NAMES):
+        found = []
+        for name in line.split(", "):
+            with contextlib.suppress(ValueError):
+                found.append(class_names.label_of(name, NAMES))
+        assert label in found
+
+
+def test_a_first_name_goes_before_synonyms():
+    assert "harp" in NAMES[593].split(", ")
+    assert class_names.label_of("harp", NAMES) == 594
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("crane", r"134 \(crane, crane bird\); 517 \(crane, construction crane\); give the id$"),
+        ("Maillot", r"^class name 'Maillot' is ambiguous: 638 \(.*\); 639 \(.*\); give the id$"),
+        ("panther", r"286 \(cougar, .*\); 290 \(jaguar, .*\); give the id$"),
+        ("golden retreiver", r"named 'golden retreiver': did you mean golden retriever"),
+        ("xqzw", r"^no class is named 'xqzw': give its id$"),
+        ("", r"^no class is named '': give its id$"),
+    ],
+)
+def test_other_names_cost_one_line(name, message):
+    with pytest.raises(ValueError, match=message) as error:
+        class_names.label_of(name, NAMES)
+    assert "\n" not in str(error.value)
