@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.gpt.update(depth=4, width=192, num_heads=6, dropout=0.1)
     config.loss.update(w_diffusion=0.0, w_tensor=1.0, token_dropout=0.1)
     config.training.update(
-        num_train_steps=3000,
+        num_train_steps=1200,
         num_warmup_steps=100,
         learning_rate=2e-3,
         decay="cosine",

@@ -17,11 +17,13 @@ class Cache:
     """Keys and values of all layers at the positions seen so far.
 
     One array for all layers, carried through the scan over layers and written in place: as scanned
-    input and output it would be copied at every step.
+    input and output it would be copied at every step. Heads come before positions, as the products
+    of one query with its head's keys and values want them: the other way round a CPU turns the
+    whole cache at every step.
     """
 
-    keys: Float[Array, "depth b l kv_heads k"]
-    values: Float[Array, "depth b l kv_heads k"]
+    keys: Float[Array, "depth b kv_heads l k"]
+    values: Float[Array, "depth b kv_heads l k"]
     index: Int[Array, ""]  # positions filled; the next token goes here
     visible: Bool[Array, "b l"] | None = None  # places that others may see; None for all
 
@@ -30,7 +32,7 @@ def empty_cache(
     *, depth: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: DTypeLike
 ) -> Cache:
     """A cache with room for `length` positions."""
-    zeros = jnp.zeros((depth, batch, length, kv_heads, head_dim), dtype)
+    zeros = jnp.zeros((depth, batch, kv_heads, length, head_dim), dtype)
     return Cache(keys=zeros, values=zeros, index=jnp.zeros((), jnp.int32))
 
 
@@ -41,14 +43,23 @@ def write_layer(
     values: Float[Array, "b l kv_heads k"],
 ) -> Cache:
     """Puts one layer's new keys and values behind those already there; `index` stays."""
-    start = (layer, 0, cache.index, 0, 0)
+
+    def write(cached: Array, new: Array) -> Array:
+        new = jnp.swapaxes(new, 1, 2)[None].astype(cached.dtype)
+        return jax.lax.dynamic_update_slice(cached, new, (layer, 0, 0, cache.index, 0))
+
     return dataclasses.replace(
-        cache,
-        keys=jax.lax.dynamic_update_slice(cache.keys, keys[None].astype(cache.keys.dtype), start),
-        values=jax.lax.dynamic_update_slice(
-            cache.values, values[None].astype(cache.values.dtype), start
-        ),
+        cache, keys=write(cache.keys, keys), values=write(cache.values, values)
     )
+
+
+def read_layer(
+    cache: Cache, layer: Int[Array, ""]
+) -> tuple[Float[Array, "b l kv_heads k"], Float[Array, "b l kv_heads k"]]:
+    """One layer's keys and values, those of places not yet filled included."""
+    keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
+    values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+    return jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
 
 
 def attend(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -32,8 +31,7 @@ def attend(
     if cache is not None:
         start = cache.index
         cache = attention.write_layer(cache, layer, keys, values)
-        keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
-        values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+        keys, values = attention.read_layer(cache, layer)
     seen, place = jnp.arange(keys.shape[1]), start + jnp.arange(queries.shape[1])[:, None]
     mask = seen <= place
     if cache is not None and cache.visible is not None:
