@@ -163,10 +163,10 @@ def code_work(loop: causal.CausalSampler, batch_size: int) -> Work:
     weights = gpt.depth * projections + gpt.width * (network.num_codes or 0)
     attention = 2 * gpt.depth * gpt.length * gpt.width
     cached = 2 * gpt.depth * rows * gpt.length * kv_heads * head_dim
-    itemsize = jnp.dtype(gpt.dtype).itemsize
+    cached *= jnp.dtype(gpt.dtype).itemsize
     return Work(
         operations=2.0 * network.length * rows * (weights + attention),
-        bytes_read=float(network.length * (weights + cached) * itemsize),
+        bytes_read=float(network.length * (4 * weights + cached)),  # weights lie in float32
     )
 
 

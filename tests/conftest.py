@@ -1,8 +1,9 @@
 """Eight fake CPU devices for every test; the package itself is not imported here.
 
 Nearly all of a test's time is compilation, so XLA optimises less and keeps what it compiled, for
-child processes too. Its older emitters and loops left as they are more than halve the time, and
-level 0 would not add to that: with jaxlib 0.10.2 it also miscompiles the sampling loop.
+the other workers and child processes too. Its older emitters and loops left as they are more than
+halve the time, and level 0 would not add to that: with jaxlib 0.10.2 it also miscompiles the
+sampling loop.
 """
 
 import os
@@ -15,6 +16,13 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_use_fusion_emitters=false"
     + " --xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
 )
-_compiled = tempfile.TemporaryDirectory(prefix="compiled_")  # removed at exit
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the folder of the process above it
+    _compiled = tempfile.TemporaryDirectory(prefix="compiled_")  # removed at exit
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_configure(config):
+    """A worker that reads what another one is just writing compiles it itself."""
+    reading = "Error reading persistent compilation cache entry"
+    config.addinivalue_line("filterwarnings", f"ignore:{reading}:UserWarning")

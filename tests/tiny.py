@@ -1,7 +1,5 @@
 """The digits configs made so small that compiling them, which is all the cost, takes seconds."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import numpy as np
@@ -46,16 +44,15 @@ def batch(tiny: build.Config) -> types.Batch:
     return types.Batch(image=split.image[:size], label=split.label[:size])
 
 
-def random_params(init: Callable, scale: float = 0.2) -> types.Params:
+def random_params(shapes: types.Params, scale: float = 0.2) -> types.Params:
     """Values of the order of one everywhere, also where training starts at zero.
 
-    From numpy: to compile `init`, with a random number generator for each leaf, takes seconds.
+    They come from numpy: initial values would cost the compilation of a generator for each leaf.
     """
-    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
     rng = np.random.default_rng(0)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jax.numpy.asarray(centre + scale * rng.normal(size=leaf.shape), leaf.dtype)
+        return jax.numpy.asarray((centre + scale * rng.normal(size=leaf.shape)).astype(leaf.dtype))
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes))

@@ -47,7 +47,7 @@ def apart(params: Any, *, name: str = "blocks") -> Any:
     """
 
     def cut(path: tuple, leaf: Any) -> Any:
-        return tuple(leaf) if any(part.key == name for part in path) else leaf
+        return tuple(leaf) if jax.tree_util.DictKey(name) in path else leaf
 
     return jax.tree_util.tree_map_with_path(cut, params)
 

@@ -27,7 +27,7 @@ class CausalSampler:
     """Static choices of sampling from `Joint`.
 
     Attributes:
-      network: The Linen module.
+      network: The Linen module. On a CPU a backbone whose `unroll` is its depth is the faster one.
       solver: Chain of the diffusion head; None for a model of codes alone.
       warm: Start the chain from a draw of the code's Gaussian instead of pure noise.
       guidance_scale: 1.0 is none and costs nothing; otherwise the batch is doubled.

@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from arcond_jax.models import captioned, gpt
 from arcond_jax.sampling import codes as codes_lib
@@ -25,16 +25,8 @@ OTHER = jax.random.normal(jax.random.key(2), EMBEDDING.shape)
 
 @pytest.fixture(scope="module")
 def params():
-    """Values of the order of one everywhere, also where training starts at zero."""
     init = functools.partial(NETWORK.init, method=captioned.Captioned.touch_all)
-    shapes = nn.unbox(jax.eval_shape(init, RNG))["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return tiny.random_params(jax.eval_shape(init, RNG)["params"], 0.3)
 
 
 @functools.partial(jax.jit, static_argnames=("guidance_scale", "guided_positions"))

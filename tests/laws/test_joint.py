@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from arcond_jax import types
 from arcond_jax.diffusion import schedule
@@ -28,24 +29,13 @@ CODES_ONLY = Joint(BACKBONE, NUM_CLASSES, **IN_WINDOWS)
 WINDOWED = Joint(BACKBONE, NUM_CLASSES, HEAD, **IN_WINDOWS)
 
 
-def random_params(shapes):
-    """Values of the order of one everywhere, also where initialisation has zeros."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 def init(network):
     return lambda rng: nn.unbox(Generator(network, PROCESS).init(rng))
 
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(jax.eval_shape(init(WINDOWED), RNG))
+    return tiny.random_params(jax.eval_shape(init(WINDOWED), RNG))
 
 
 @pytest.fixture(scope="module")

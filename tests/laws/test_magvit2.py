@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from arcond_jax import types
 from arcond_jax.models import gpt, magvit2
@@ -31,15 +32,7 @@ IDENTITY = refiners.Identity()
 
 @pytest.fixture(scope="module")
 def params():
-    """Values of the order of one everywhere, also where training starts at zero."""
-    shapes = nn.unbox(jax.eval_shape(GENERATOR.init, RNG))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return tiny.random_params(jax.eval_shape(GENERATOR.init, RNG), 0.3)
 
 
 @jax.jit

@@ -45,7 +45,7 @@ SOLVER = solvers.Solver(COSINE.respace(np.array([0, 300, 600, 900])))
 
 @pytest.fixture(scope="module")
 def params():
-    return tiny.random_params(GENERATOR.init)
+    return tiny.random_params(jax.eval_shape(GENERATOR.init, RNG))
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from arcond_jax import sharding, types
 from arcond_jax.diffusion import schedule, solvers
@@ -37,16 +37,9 @@ LABEL = jnp.array([0, 1, 2, 0, 1, 2])
 
 @pytest.fixture(scope="module")
 def params():
-    """Of all networks here; values of the order of one, also where training starts at zero."""
+    """Of all networks here."""
     init = functools.partial(WINDOWED.init, method=Joint.touch_all)
-    shapes = nn.unbox(jax.eval_shape(init, RNG, LABEL))["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return tiny.random_params(jax.eval_shape(init, RNG, LABEL)["params"])
 
 
 @flax.struct.dataclass
@@ -150,6 +143,22 @@ def test_refinement_comes_before_the_code_head(params, expected):
     )
     assert np.mean(moved.tokens.codes[:, 0] == 7) > np.mean(expected.tokens.codes[:, 0] == 7)
     assert np.any(moved.tokens.latents[:, 0] != expected.tokens.latents[:, 0])
+
+
+def test_an_unrolled_backbone_draws_the_same_and_copies_no_weights(params, expected):
+    network = JOINT.clone(backbone=BACKBONE.clone(unroll=BACKBONE.depth))
+    sample = compiled(dataclasses.replace(PLAIN, network=network))
+    unrolled = sample(params, RNG, LABEL, IDENTITY, 0)
+    np.testing.assert_array_equal(unrolled.tokens.codes, expected.tokens.codes)
+    np.testing.assert_allclose(
+        unrolled.tokens.latents, expected.tokens.latents, rtol=1e-5, atol=1e-5
+    )
+    # The layers are cut out of what is handed in; the loop neither carries nor makes the stack.
+    program = sample.lower(params, RNG, LABEL, IDENTITY, 0).compile().as_text()
+    shape = params["trunk"]["blocks"]["qkv"]["kernel"].shape
+    stacked = f"f32[{','.join(map(str, shape))}]"
+    made = [line for line in program.splitlines() if f"= {stacked}" in line]
+    assert made and all("parameter(" in line for line in made)
 
 
 def test_guidance_of_one_is_no_guidance(params, expected):
@@ -351,6 +360,24 @@ def test_filters_keep_the_likely_codes():
     assert kept(logits + 5.0, min_p=0.3) == [False, True, True, True]  # a share of the largest
     left = np.asarray(filters.filter_logits(jnp.asarray(logits), top_k=2))
     np.testing.assert_array_equal(left[[1, 3]], logits[[1, 3]])
+
+
+def test_the_kth_largest_is_that_of_a_sorted_row():
+    rng = np.random.default_rng(0)
+    inf, least = np.inf, np.finfo(np.float32).smallest_normal
+    rows = [rng.normal(size=32), -np.exp(9 * rng.normal(size=32)), rng.integers(-2, 3, size=32)]
+    rows += [np.where(rng.random(32) < 0.8, -inf, 1.0), np.full(32, -inf), np.full(32, -3.0)]
+    rows += [np.resize([0.0, -0.0, least, -least, inf, -inf, 3e38, -3e38], 32)]
+    logits = jnp.asarray(np.stack(rows), jnp.float32)
+    ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    for k in (1, 2, 3, 8, 31, 32):
+        np.testing.assert_array_equal(filters.kth_largest(logits, k), ranked[:, k - 1 : k])
+        cut = jnp.where(logits < ranked[:, k - 1 : k], -inf, logits)
+        left = filters.filter_logits(logits, top_k=k)
+        np.testing.assert_array_equal(left.view(jnp.int32), cut.view(jnp.int32))
+    half = logits.astype(jnp.bfloat16)
+    expected = jnp.flip(jnp.sort(half, axis=-1), axis=-1)[:, 7:8]
+    np.testing.assert_array_equal(filters.kth_largest(half, 8), expected)
 
 
 def test_impossible_choices_are_refused():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from arcond_jax.models import gpt, tensorar
 from arcond_jax.models.joint import Joint
@@ -35,17 +36,6 @@ def forward(window):
     return jax.jit(run)
 
 
-def random_params(shapes):
-    """Values of the order of one everywhere, also where initialisation has zeros."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 def init(window):
     model = network(window)
     boxed = functools.partial(model.init, method=Joint.touch_all)
@@ -61,7 +51,7 @@ def without_gain(params):
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(jax.eval_shape(init(3), jax.random.key(0)))
+    return tiny.random_params(jax.eval_shape(init(3), jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +198,7 @@ def test_codebook_noise_on_signs_is_a_hard_switch():
 
 
 def test_window_one_is_the_plain_model_and_has_no_window_parameters(codes):
-    params = random_params(jax.eval_shape(init(1), jax.random.key(0)))
+    params = tiny.random_params(jax.eval_shape(init(1), jax.random.key(0)))
     assert not any("window" in name for name in params)
     logits = forward(1)(params, codes[..., None], LABEL)
 
@@ -270,7 +260,7 @@ def test_pruned_slots_have_the_values_of_the_whole_window(mlp_ratio):
     decoder = tensorar.OutputDecoder(2, num_heads=2, window=4, mlp_ratio=mlp_ratio)
     cond = jax.random.normal(jax.random.key(0), (5, WIDTH))
     shapes = nn.unbox(jax.eval_shape(decoder.init, jax.random.key(1), cond))["params"]
-    params = random_params(shapes)
+    params = tiny.random_params(shapes)
     decode = jax.jit(
         lambda num_slots: decoder.apply({"params": params}, cond, num_slots), static_argnums=0
     )

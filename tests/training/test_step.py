@@ -93,8 +93,13 @@ def test_loss_falls_in_20_steps(request, variant, share):
 
 
 def test_bfloat16_trains_float32_parameters():
-    run = make_run("ar", "training.dtype=bfloat16")
-    state, metrics = run(run.state, tiny.batch(run.config))
+    config, tokenizer = tiny.config("ar", "training.dtype=bfloat16"), fitted_tokenizer()
+    shapes = nn.unbox(build.abstract_state(config))
+    params = host(tiny.random_params(shapes.params))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    state = state.replace(params=params, ema=params)
+    run = Run(config, state, build.train_step(config, one_device(), tokenizer), tokenizer)
+    state, metrics = run(run.state, tiny.batch(config))
     assert np.isfinite(float(metrics["loss"]))
     assert float(metrics["gradient_norm"]) > 0.0
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema))} == {
