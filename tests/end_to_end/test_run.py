@@ -3,6 +3,7 @@
 Also the bank, filled at the end, and the refiner that is calibrated from it.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -16,12 +17,13 @@ import tiny
 
 from arcond_jax import build, checkpoint, run, sharding
 from arcond_jax import config as config_lib
+from arcond_jax.cli import main
 from arcond_jax.training import state as state_lib
 from arcond_jax.training import writer
 from arcond_jax.transport import refiners
 
 # Stands in for the machine's own timing: the signal comes while this batch is put on the mesh.
-INTERRUPTED = """
+KILLED = """
 import os, signal, sys
 import jax
 from arcond_jax import sharding
@@ -32,22 +34,29 @@ put_batch, count = sharding.put_batch, 0
 def interrupting(batch, mesh):
     global count
     count += 1
-    if count == int(sys.argv[2]):
-        os.kill(os.getpid(), int(sys.argv[1]))
+    if count == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
     return put_batch(batch, mesh)
 sharding.put_batch = interrupting
-sys.exit(main.main(sys.argv[3:]))
+sys.exit(main.main(sys.argv[1:]))
 """
 
 
-def train_interrupted(workdir, *, signal_number, at_batch):
+def train_arguments(workdir):
     arguments = ["train", "--config", "digits:joint", "--workdir", str(workdir)]
-    arguments += [f"--config.{override}" for override in tiny.overrides()]
-    return subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(int(signal_number)), str(at_batch), *arguments],
-        capture_output=True,
-        text=True,
-    )
+    return [*arguments, *(f"--config.{override}" for override in tiny.overrides())]
+
+
+def interrupt(patched, *, at_batch):
+    """SIGTERM comes in this process, while a batch is put on the mesh."""
+    put_batch, count = sharding.put_batch, itertools.count(1)
+
+    def interrupting(batch, mesh):
+        if next(count) == at_batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(batch, mesh)
+
+    patched.setattr(sharding, "put_batch", interrupting)
 
 
 def saved_state(workdir, config=None):
@@ -70,11 +79,12 @@ def assert_same_run(workdir, expected):
     jax.tree.map(np.testing.assert_array_equal, state, wanted)
 
 
-def test_stopped_by_sigterm_and_resumed_is_uninterrupted(finished, tmp_path):
+def test_stopped_by_sigterm_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
-    stopped = train_interrupted(workdir, signal_number=signal.SIGTERM, at_batch=3)
-    assert stopped.returncode == 0, stopped.stderr
-    assert f"stopped and saved: {workdir}" in stopped.stdout
+    with monkeypatch.context() as patched:
+        interrupt(patched, at_batch=3)
+        assert main.main(train_arguments(workdir)) == 0
+    assert f"stopped and saved: {workdir}" in capsys.readouterr().out
     assert [row["step"] for row in writer.read_rows(workdir / "metrics.jsonl")] == [1, 2, 3]
     assert int(saved_state(workdir).step) == 3
     assert run.train(tiny.config(), workdir)
@@ -84,7 +94,8 @@ def test_stopped_by_sigterm_and_resumed_is_uninterrupted(finished, tmp_path):
 @pytest.mark.slow
 def test_killed_and_restarted_is_uninterrupted(finished, tmp_path):
     workdir = tmp_path / "run"
-    killed = train_interrupted(workdir, signal_number=signal.SIGKILL, at_batch=5)
+    arguments = [sys.executable, "-c", KILLED, *train_arguments(workdir)]
+    killed = subprocess.run(arguments, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert int(saved_state(workdir).step) in (2, 4)  # 4 only if its files were whole by then
     assert run.train(tiny.config(), workdir)
@@ -98,14 +109,7 @@ def test_resuming_on_other_meshes_continues_the_curve(finished, copy_of, monkeyp
     with monkeypatch.context() as patched:
         eight = jax.local_devices()
         patched.setattr(jax, "devices", lambda: eight)
-        put_batch, count = sharding.put_batch, iter(range(10))
-
-        def interrupting(batch, mesh):
-            if next(count) == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return put_batch(batch, mesh)
-
-        patched.setattr(sharding, "put_batch", interrupting)
+        interrupt(patched, at_batch=2)
         assert not run.train(tiny.config(), workdir)  # steps 3 and 4 on eight devices
         state = saved_state(workdir)
         assert int(state.step) == 4

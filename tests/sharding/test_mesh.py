@@ -1,6 +1,7 @@
 """Laws of sharding: every mesh computes what one device computes, and really is used."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -156,20 +157,28 @@ def test_meshes_that_cannot_be_end_in_one_line(overrides, message):
     assert "\n" not in str(raised.value)
 
 
-def test_images_are_the_same_on_one_device_and_eight(config, tokenizer, first_state):
-    # The fresh model gives every code the same chance, so equal images are no accident of
-    # confident heads.
-    label = np.arange(16, dtype=np.int32) % 10
-    drawn = []
-    for name in ("one device", "data=8", "data=2 fsdp=2 tensor=2"):
-        mesh = make_mesh(name)
+@pytest.fixture(scope="module")
+def images_on(config, tokenizer, first_state):
+    """The fresh model gives every code the same chance: equal images are no accident."""
+
+    @functools.cache
+    def draw(name):
+        mesh, label = make_mesh(name), np.arange(16, dtype=np.int32) % 10
         state = place(first_state, config, mesh)
         trained = run.Trained(config, mesh, tokenizer, state.ema, state.bank, 0)
-        drawn.append(run.Drawer(trained).images(refiners.Identity(), label, seed=3))
-    assert drawn[0].shape == (16, 8, 8, 1)
-    assert len(np.unique(drawn[0].reshape(16, -1), axis=0)) == 16
-    np.testing.assert_array_equal(drawn[0], drawn[1])
-    np.testing.assert_array_equal(drawn[0], drawn[2])
+        return run.Drawer(trained).images(refiners.Identity(), label, seed=3)
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("data=8", marks=pytest.mark.slow), "data=2 fsdp=2 tensor=2"]
+)
+def test_images_are_the_same_on_one_device_and_eight(name, images_on):
+    alone = images_on("one device")
+    assert alone.shape == (16, 8, 8, 1)
+    assert len(np.unique(alone.reshape(16, -1), axis=0)) == 16
+    np.testing.assert_array_equal(images_on(name), alone)
 
 
 @pytest.mark.slow
