@@ -3,6 +3,7 @@
 Also the bank, filled at the end, and the refiner that is calibrated from it.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -59,10 +60,14 @@ def interrupt(patched, *, at_batch):
     patched.setattr(sharding, "put_batch", interrupting)
 
 
-def saved_state(workdir, config=None):
-    config = config or tiny.config()
+@functools.cache
+def abstract_state():
+    return build.abstract_state(tiny.config())
+
+
+def saved_state(workdir):
     with checkpoint.Checkpoints(str(workdir / "checkpoints")) as checkpoints:
-        abstract = state_lib.abstract_on(build.abstract_state(config), build.mesh(config))
+        abstract = state_lib.abstract_on(abstract_state(), build.mesh(tiny.config()))
         return checkpoints.restore(abstract).state
 
 
