@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 
 from arcond_jax import build, checkpoint, types
+from arcond_jax import config as config_lib
 from arcond_jax.convert import (
     files,
     kl16,
@@ -264,11 +265,10 @@ def _check_tokenizer(config: build.Config, folder: pathlib.Path) -> None:
         raise build.ConfigError(
             f"{folder} holds {family}, the model {config.name} needs a tokenizer {name}"
         )
-    saved = known["config"][name]
-    for key, value in config[name].to_dict().items():
-        theirs = tuple(saved[key]) if isinstance(value, tuple | list) else saved[key]
-        if theirs != (tuple(value) if isinstance(value, tuple | list) else value):
+    saved = config_lib.from_dict(known["config"])[name]
+    for key, value in config[name].items():
+        if saved[key] != value:
             raise build.ConfigError(
-                f"{folder} holds a tokenizer with {name}.{key} {theirs}, the model {config.name} "
-                f"needs {value}"
+                f"{folder} holds a tokenizer with {name}.{key} {saved[key]}, the model "
+                f"{config.name} needs {value}"
             )

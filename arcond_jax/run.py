@@ -414,6 +414,7 @@ def provenance(trained: Trained, config: build.Config, *, seed: int) -> card.Set
     has_codes, has_latents = config.loss.w_tensor > 0, config.loss.w_diffusion > 0
     names = OTHER_SETTINGS
     names += ("guidance_power",) if sampling.guidance_schedule == "power_cosine" else ()
+    names += ("spacing",) if has_latents else ()
     names += ("drafts", "stride") if has_codes and config.tensorar.window > 1 else ()
     return card.Settings(
         other_settings={name: sampling[name] for name in names if sampling[name] is not None},

@@ -58,9 +58,7 @@ def grid(config: Config) -> tuple[int, int]:
     Raises:
       ConfigError: Images of this size cannot be cut into tokens.
     """
-    edge = 1
-    if config.tokenizer.name in ("patches", "kl"):
-        edge = config.tokenizer.patch_size
+    edge = config.tokenizer.patch_size if has_latents(config) else 1
     if config.tokenizer.name != "patches":
         edge *= tokenizer_network(config).design.stride
     side = config.data.image_size

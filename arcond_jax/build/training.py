@@ -18,11 +18,10 @@ from arcond_jax.training import step as step_lib
 from arcond_jax.transport import bank as bank_lib
 from arcond_jax.transport import options as options_lib
 
-# Where the width of a condition is said.
+# Where the width of a condition that can be refined is said.
 WIDTHS = {
     "gpt": "gpt.width",
     "magvit2": "gpt.width",
-    "captioned": "gpt.width",
     "rar": "rar.width",
     "mar": "mar.decoder_width",
 }

@@ -14,14 +14,12 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from arcond_jax.nn import attention, causal, linear, mlp, norm, rope, stack
 
-# LlamaGen's table (Sun et al., 2024, table 1); "1B" and "XXXL" stand in the official file alone.
+# LlamaGen's table (Sun et al., 2024, table 1).
 SIZES = {
     "B": dict(depth=12, width=768, num_heads=12),
     "L": dict(depth=24, width=1024, num_heads=16),
     "XL": dict(depth=36, width=1280, num_heads=20),
     "XXL": dict(depth=48, width=1536, num_heads=24),
-    "XXXL": dict(depth=48, width=2560, num_heads=40),
-    "1B": dict(depth=22, width=2048, num_heads=32),
     "3B": dict(depth=24, width=3200, num_heads=32),
 }
 
