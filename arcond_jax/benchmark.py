@@ -205,9 +205,12 @@ def mar_parts(loop: mar_sampling.MARSampler) -> dict[str, Callable[..., Any]]:
             order = jnp.broadcast_to(jnp.arange(network.length), (len(label), network.length))
             total = jax.random.uniform(rng)
             for bucket in loop.buckets():
+                weights = loop.laid_out(params, bucket, num_rows=len(label))
 
-                def step(total: Array, start: Array, bucket: Any = bucket) -> tuple[Array, None]:
-                    result = body(params, total, label, order, start, bucket)
+                def step(
+                    total: Array, start: Array, bucket: Any = bucket, weights: Any = weights
+                ) -> tuple[Array, None]:
+                    result = body(weights, total, label, order, start, bucket)
                     return 1e-6 * jnp.mean(result), None
 
                 steps = jnp.asarray(starts[bucket.start : bucket.stop])

@@ -98,14 +98,16 @@ def override(config: Config, text: str) -> None:
 def from_dict(saved: Mapping[str, Any]) -> Config:
     """The config of `to_dict`, as a checkpoint holds it.
 
+    Keys that are newer than the checkpoint get their default, which is what there was before them.
+
     Raises:
-      ConfigError: It has keys this version does not know, or lacks some.
+      ConfigError: It has keys this version does not know.
     """
     config = _run_file(_find_file("base"), "")
     values = flat(config_dict.ConfigDict(saved))
-    unknown = sorted(values.keys() ^ flat(config).keys())
+    unknown = sorted(values.keys() - flat(config).keys())
     if unknown:
-        raise ConfigError(f"the saved config is of another version: it differs in {unknown[0]}")
+        raise ConfigError(f"the saved config is of another version: it has {unknown[0]}")
     config.update_from_flattened_dict(values)
     return config
 

@@ -1,8 +1,8 @@
 """Eight fake CPU devices for every test; the package itself is not imported here.
 
 Nearly all of a test's time is compilation, so XLA optimises less and keeps what it compiled, for
-the other workers and child processes too. Its older emitters and loops left as they are more than
-halve the time, and level 0 would not add to that: with jaxlib 0.10.2 it also miscompiles the
+the other workers and child processes too. Its older emitters and code that is short, not fast, more
+than halve the time, and level 0 would not add to that: with jaxlib 0.10.2 it also miscompiles the
 sampling loop.
 """
 
@@ -14,7 +14,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
     + " --xla_cpu_use_fusion_emitters=false"
-    + " --xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
+    + " --xla_backend_extra_options=xla_cpu_optimize_for_size,xla_cpu_disable_loop_unrolling,"
+    + "xla_cpu_disable_slp_vectorizer"
 )
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the folder of the process above it
     _compiled = tempfile.TemporaryDirectory(prefix="compiled_")  # removed at exit

@@ -126,8 +126,15 @@ def test_a_config_survives_json():
     config = tiny.config("joint", "sampling.warm_start=None", "mesh.data=2")
     saved = json.loads(json.dumps(config.to_dict()))
     assert config_lib.flat(config_lib.from_dict(saved)) == config_lib.flat(config)
-    saved["gpt"]["dept"] = saved["gpt"].pop("depth")
-    with pytest.raises(build.ConfigError, match=r"of another version: it differs in gpt\.dept"):
+
+
+def test_a_config_of_an_older_version_gets_the_defaults_of_new_keys():
+    config = tiny.config("joint")
+    saved = json.loads(json.dumps(config.to_dict()))
+    del saved["sampling"]["min_p"], saved["rar"]
+    assert config_lib.flat(config_lib.from_dict(saved)) == config_lib.flat(config)
+    saved["gpt"]["dept"] = 2
+    with pytest.raises(build.ConfigError, match=r"is of another version: it has gpt\.dept"):
         config_lib.from_dict(saved)
 
 

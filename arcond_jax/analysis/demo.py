@@ -184,7 +184,7 @@ def main(workdir: pathlib.Path, *, num_seeds: int, overrides: Sequence[str]) -> 
 
     config = models["joint"].config
     reference = run.reference(config, workdir)
-    label = np.repeat(np.arange(run.num_classes(config)), PER_CLASS)
+    label = np.repeat(np.arange(config.data.num_classes), PER_CLASS)
     print("calibrating and compiling the samplers", flush=True)
     measured = comparison.compare(
         SYSTEMS,
@@ -211,13 +211,13 @@ def write(
         workdir / "samples.npz",
         shown.image_uint8,
         label,
-        num_classes=run.num_classes(models["joint"].config),
+        num_classes=models["joint"].config.data.num_classes,
         **dataclasses.asdict(shown.cards[0].settings),
     )
     grid = figures.class_grid(
         shown.image_uint8,
         label,
-        num_classes=run.num_classes(models["joint"].config),
+        num_classes=models["joint"].config.data.num_classes,
         per_class=10,
         upscale=4,
     )
@@ -330,7 +330,7 @@ def window_drafts(
     """
     config = trained.config.copy_and_resolve_references()
     config.sampling.drafts = "draw"
-    label = np.arange(run.num_classes(config))
+    label = np.arange(config.data.num_classes)
     _, sampled = run.Drawer(trained, config)(refiners.Identity(), label, seed=seed)
     drafts = np.asarray(sampled.drafts)
     position = np.arange(drafts.shape[1])

@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         systems,
         {"model": trained},
         reference=run.reference(config, args.checkpoint),
-        label=np.repeat(np.arange(run.num_classes(config)), args.per_class),
+        label=np.repeat(np.arange(config.data.num_classes), args.per_class),
         seeds=range(args.num_seeds),
     )
     header, rows = comparison.table(measured, baseline=systems[0].name)

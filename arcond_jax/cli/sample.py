@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         raise build.ConfigError("--inpaint and --mask go together: give both or none")
     config = run.config_for(args.checkpoint, args.config, args.overrides)
     captions = _captions(args, config)
-    count = run.num_classes(config) if captions is None else len(captions.valid)
+    count = config.data.num_classes if captions is None else len(captions.valid)
     label = _labels(args, count)
     run.check_labels(label, count)
 

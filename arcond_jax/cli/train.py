@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     ) -> None:
         (workdir / "samples").mkdir(exist_ok=True)
         sheet = figures.class_grid(
-            image_uint8, label, num_classes=run.num_classes(config), per_class=10
+            image_uint8, label, num_classes=config.data.num_classes, per_class=10
         )
         figures.write_png(workdir / "samples" / f"step_{step:08d}.png", sheet)
 

@@ -200,7 +200,7 @@ class InputEncoder(nn.Module):
         # Row 0 is the query: nothing but its own learned vector.
         rows = jnp.pad(slots, ((0, 0), (1, 0), (0, 0))) + position
         rows = QueryTransformer(
-            self.depth, self.num_heads, self.mlp_ratio, (0, 1), self.dtype, name="blocks"
+            self.depth, self.num_heads, self.mlp_ratio, (0, 1), self.dtype, name="transformer"
         )(rows)
         return gain(self, norm.RMSNorm(use_scale=False)(rows[:, 0])).reshape(*n, d)
 
@@ -236,7 +236,7 @@ class OutputDecoder(nn.Module):
             self.mlp_ratio,
             (1, 1 + num_slots),
             self.dtype,
-            name="blocks",
+            name="transformer",
         )(rows)
         rows = norm.RMSNorm(use_scale=False)(rows)
         first = flat + gain(self, rows[:, 0])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from arcond_jax.nn import parameter
+from arcond_jax.nn import layout, parameter
 
 
 class Linear(nn.Module):
@@ -17,6 +17,8 @@ class Linear(nn.Module):
     Attributes:
       features: Sizes of the output axes; several of them save the reshapes around attention.
       axes: Logical names of the kernel's axes: the input's, then one per entry of `features`.
+
+    The kernel may also be given as `layout.turned` leaves it.
     """
 
     features: tuple[int, ...]
@@ -27,19 +29,27 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "..."]:
-        # Initialised as a matrix, so that fan-in is the input axis whatever the output's shape.
-        def init(rng, shape, dtype):
-            flat = (shape[0], math.prod(shape[1:]))
-            return self.kernel_init(rng, flat, dtype).reshape(shape)
-
-        kernel = parameter.parameter(self, "kernel", init, (x.shape[-1], *self.features), self.axes)
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=1)
+        x = x.astype(self.dtype)
+        if self.has_variable("params", layout.TURNED):
+            kernel = self.get_variable("params", layout.TURNED)
+            y = jnp.tensordot(kernel.astype(self.dtype), x, axes=(-1, -1))
+            y = y.transpose(*range(len(self.features), y.ndim), *range(len(self.features)))
+        else:
+            y = jnp.tensordot(x, self._kernel(x.shape[-1]).astype(self.dtype), axes=1)
         if self.use_bias:
             bias = parameter.parameter(
                 self, "bias", parameter.zeros_init, self.features, self.axes[1:]
             )
             y = y + bias.astype(self.dtype)
         return y
+
+    def _kernel(self, width: int) -> Float[Array, "i ..."]:
+        # Initialised as a matrix, so that fan-in is the input axis whatever the output's shape.
+        def init(rng, shape, dtype):
+            flat = (shape[0], math.prod(shape[1:]))
+            return self.kernel_init(rng, flat, dtype).reshape(shape)
+
+        return parameter.parameter(self, "kernel", init, (width, *self.features), self.axes)
 
 
 class Embed(nn.Module):

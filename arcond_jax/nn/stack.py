@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 REMAT_POLICIES = {
     "full": None,
@@ -35,27 +34,4 @@ def scanned(
         length=depth,
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-
-
-def apart(params: Any, *, name: str = "blocks") -> Any:
-    """Replaces every stacked parameter below `name` by the tuple of its layers.
-
-    For a loop that runs a stack unrolled at each of its steps. A body that takes layers out of the
-    stack may copy all weights at every step, as XLA does on a CPU. Cut here, outside the loop, and
-    put `together` inside, they are not copied: slices of a concatenation are its parts.
-    """
-
-    def cut(path: tuple, leaf: Any) -> Any:
-        return tuple(leaf) if jax.tree_util.DictKey(name) in path else leaf
-
-    return jax.tree_util.tree_map_with_path(cut, params)
-
-
-def together(params: Any) -> Any:
-    """The stacked parameters again; the inverse of `apart`."""
-    return jax.tree.map(
-        lambda leaf: jnp.stack(leaf) if isinstance(leaf, tuple) else leaf,
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, tuple),
     )

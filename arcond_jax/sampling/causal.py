@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from arcond_jax import types
 from arcond_jax.diffusion import solvers
 from arcond_jax.models.joint import Joint
-from arcond_jax.nn import attention, stack
+from arcond_jax.nn import attention, layout
 from arcond_jax.sampling import filters, sampled
 
 DRAFTS = ("off", "draw", "feed")
@@ -96,10 +96,11 @@ class CausalSampler:
 
         backbone = self.network.backbone
         unrolled = backbone.unroll >= backbone.depth
-        weights = stack.apart(params) if unrolled else params
+        weights = layout.for_rows(params, fed_label.shape[0])
+        weights = layout.apart(weights) if unrolled else weights
 
         def body(carry: _Carry, position: Int[Array, ""]) -> tuple[_Carry, dict]:
-            params = stack.together(weights)
+            params = layout.together(weights)
             rngs = jax.vmap(jax.random.fold_in, (0, None))(rngs_of_rows, position)
             code_rngs, latent_rngs = jnp.moveaxis(jax.vmap(jax.random.split)(rngs), 1, 0)
             return self._step(

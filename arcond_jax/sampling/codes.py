@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import types
-from arcond_jax.nn import attention
+from arcond_jax.nn import attention, layout
 from arcond_jax.sampling import filters, sampled
 
 
@@ -124,6 +124,7 @@ class CodeSampler:
         fed_label = label
         if self.guided:
             fed_label = jnp.concatenate([label, self.network.null(label)])
+        params = layout.for_rows(params, fed_label.shape[0])
 
         def draw(
             cond: Float[Array, "n d"], state: types.RefinerState, position: Int[Array, ""]

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from arcond_jax import types
 from arcond_jax.diffusion import solvers
 from arcond_jax.models import mar
+from arcond_jax.nn import layout
 from arcond_jax.sampling import filters, sampled
 
 # Chain noise of the tokens with the given generation numbers: one draw to start from, then one for
@@ -157,9 +158,12 @@ class MARSampler:
         carry, traces = (latents, refiner.init(label)), []
         for bucket in self.buckets():
             steps = np.arange(bucket.start, bucket.stop)
+            weights = self.laid_out(params, bucket, num_rows=len(self.both(label)))
 
-            def body(carry: tuple, step: tuple, bucket: Bucket = bucket) -> tuple[tuple, Any]:
-                return self._step(params, carry, step, order, label, noise_of, refiner, bucket)
+            def body(
+                carry: tuple, step: tuple, bucket: Bucket = bucket, weights: types.Params = weights
+            ) -> tuple[tuple, Any]:
+                return self._step(weights, carry, step, order, label, noise_of, refiner, bucket)
 
             inputs = (jnp.asarray(steps), jnp.asarray(starts[steps]), jnp.asarray(shares[steps]))
             carry, trace = jax.lax.scan(body, carry, inputs)
@@ -186,6 +190,13 @@ class MARSampler:
             slot_cost=encoder,
             drawn_cost=denoiser,
         )
+
+    def laid_out(self, params: types.Params, bucket: Bucket, *, num_rows: int) -> types.Params:
+        """The parameters for the steps of a bucket: the head runs on a few tokens, often."""
+        return {
+            **params,
+            "denoiser": layout.for_rows(params["denoiser"], num_rows * bucket.num_drawn),
+        }
 
     @property
     def guided(self) -> bool:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, Key
 
 from arcond_jax import types
 from arcond_jax.models.joint import Joint
-from arcond_jax.nn import attention
+from arcond_jax.nn import attention, layout
 from arcond_jax.sampling import causal, sampled
 
 
@@ -59,6 +59,8 @@ class StrideSampler:
         base, network = self.base, self.base.network
         length, stride = network.length, self.stride
         row_rngs = sampled.row_rngs(rng, label.shape[0], first_row)
+        fed_label = base.fed_label(label)
+        params = layout.for_rows(params, fed_label.shape[0] * stride)
         whole = dataclasses.replace(base, drafts="draw")  # all slots are drawn, emitted or not
 
         def advance(x: Array, cache: attention.Cache, refiner_state, position: Array) -> tuple:
@@ -77,7 +79,6 @@ class StrideSampler:
             x = base.apply(params, None, base.both(self._fed(window, position)), method=Joint.embed)
             return advance(x, cache, refiner_state, position), window[:, :stride]
 
-        fed_label = base.fed_label(label)
         start = advance(
             base.apply(params, fed_label, method=Joint.class_token),
             network.backbone.empty_cache(fed_label.shape[0]),

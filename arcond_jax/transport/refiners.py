@@ -317,6 +317,8 @@ class BuresCalibrator:
     inverse: inverse_lib.Inverse | None = None
     options: options_lib.RefineOptions = flax.struct.field(pytree_node=False, default=_OPTIONS)
     grouping: Grouping = flax.struct.field(pytree_node=False, default="class")
+    # To jaxlib 0.10.2 trees are equal if only their class differs, and jit takes one for the other.
+    kind: Literal["bures"] = flax.struct.field(pytree_node=False, default="bures")
 
     def init(self, label: Int[Array, " b"]) -> types.RefinerState:
         """Carries the maps of all slots, empty at first."""

@@ -1,6 +1,8 @@
 """One tiny run, trained to its end without a stop, that the tests compare with and sample from."""
 
 import contextlib
+import fcntl
+import os
 import pathlib
 import shutil
 
@@ -28,10 +30,15 @@ def patched_devices():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> pathlib.Path:
-    """Never to be written to: copy it with `copy_of`."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    with patched_devices():
-        assert run.train(tiny.config(), workdir)
+    """Never to be written to: copy it with `copy_of`. The first worker to need it trains it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    workdir = shared / "finished" / "run"
+    workdir.parent.mkdir(exist_ok=True)
+    with patched_devices(), open(shared / "finished.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run.train(tiny.config(), workdir)  # returns at once where it is complete
     return workdir
 
 

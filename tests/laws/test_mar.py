@@ -303,8 +303,9 @@ def unrolled(params, loop):
 
 
 def test_buckets_equal_an_unrolled_loop(params):
-    loop = sampler(guidance_scale=2.0, num_ar_steps=3)
-    assert max(bucket.stop - bucket.start for bucket in loop.buckets()) == 2
+    # Both steps in one bucket: the first sees slots that are empty and draws too many tokens.
+    loop = sampler(guidance_scale=2.0, num_ar_steps=2, num_buckets=1)
+    assert len(loop.buckets()) == 1
     drawn = compiled(loop)(params, RNG, LABEL, IDENTITY, 0).tokens.latents
     reference = jax.jit(lambda params: unrolled(params, loop))(params)
     np.testing.assert_allclose(drawn, reference, rtol=2e-4, atol=2e-5)

@@ -94,6 +94,12 @@ def test_calibrated_gaussian_map_brings_fresh_conditions_closer(bank, batch):
     assert np.all(after < 0.5 * before)
 
 
+def test_jit_can_tell_the_calibrators_apart(bank):
+    kinds = (refiners.Calibrator, refiners.BuresCalibrator)
+    entropic, gaussian = (jax.tree.structure(kind(bank=bank)) for kind in kinds)
+    assert entropic != gaussian
+
+
 def test_calibrator_leaves_each_row_out_of_its_own_map(calibrated, batch):
     in_sample, _ = rollout(calibrated[1], *batch)
     difference = jnp.abs(in_sample - calibrated[0]).max()

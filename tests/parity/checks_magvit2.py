@@ -66,8 +66,8 @@ def check(golden: golden_lib.Golden) -> None:
 
     @jax.jit
     def run(params):
-        pre, post = generator.logits(params, factors, label)
-        pre_null, post_null = generator.logits(params, factors, null)
+        both = generator.logits(params, both_factors, both_labels)
+        (pre, pre_null), (post, post_null) = (jnp.split(logits, 2) for logits in both)
         outputs = {
             "freqs_cis": rope.rope_table(
                 backbone.grid, backbone.width // backbone.num_heads, num_prefix=1

@@ -83,7 +83,7 @@ def loss_before_and_after(run, num_steps):
         ("joint", 0.9),
         pytest.param("ar", 0.95, marks=pytest.mark.slow),
         pytest.param("tensorar", 0.9, marks=pytest.mark.slow),
-        ("base", 0.9),
+        pytest.param("base", 0.9, marks=pytest.mark.slow),
     ],
 )
 def test_loss_falls_in_20_steps(request, variant, share):
