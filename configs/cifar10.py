@@ -5,8 +5,10 @@ patch, so images are made of tiles. `data.directory` holds train/<class>/ and va
 
 Command:   arcond train --config configs/cifar10.py --workdir runs/cifar10
              --config.data.directory=CIFAR10
-Hardware:  2 CPU cores
-Score:     not yet run to the end
+Hardware:  2 CPU cores, 20 minutes
+Score:     cross-entropy of a code 3.50, from log 512 = 6.24. Of 1,000 samples: Frechet distance by
+             a small classifier 1.08 (real training images: 0.03), not Inception FID; class
+             accuracy 0.31, where that classifier gets 0.47 on held-out images.
 """
 
 import ml_collections

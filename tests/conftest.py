@@ -1,9 +1,9 @@
 """Eight fake CPU devices for every test; the package itself is not imported here.
 
 Nearly all of a test's time is compilation, so XLA optimises less and keeps what it compiled, for
-the other workers and child processes too. Its older emitters and code that is short, not fast, more
-than halve the time, and level 0 would not add to that: with jaxlib 0.10.2 it also miscompiles the
-sampling loop.
+the other workers and child processes too. Its older emitters, no costly passes, and code that is
+short, not fast, more than halve the time. Level 0 would not add to that: with jaxlib 0.10.2 it also
+miscompiles the sampling loop.
 """
 
 import os
@@ -13,7 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-    + " --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
     + " --xla_backend_extra_options=xla_cpu_optimize_for_size,xla_cpu_disable_loop_unrolling,"
     + "xla_cpu_disable_slp_vectorizer"
 )
