@@ -14,7 +14,8 @@ EPILOG = """examples:
       --config.sampling.num_ar_steps=64 --config.sampling.num_head_evaluations=25 \\
       --against sampling.num_buckets=1
   arcond bench --config llamagen_b_256 --config.training.dtype=float32 \\
-      --config.sampling.top_k=2000 --batch_size 1 --batch_size 8
+      --config.sampling.top_k=2000 --config.gpt.unroll=12 --config.gpt.remat=none \\
+      --batch_size 1 --batch_size 8
   arcond bench --config digits:ar --batch_size 1 --batch_size 64
 
 Weights are random. Programs run in turns; compare the numbers of one run only. GFLOP and GB are
