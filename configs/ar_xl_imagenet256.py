@@ -6,7 +6,8 @@ Paper:     "Condition Errors Refinement in Autoregressive Image Generation with 
 Recipe:    400 epochs at 2,048 images, 100 epochs of linear warm-up, cosine noise of 1,000 steps,
            average 0.9999. The learning rate is lost in the text; one reading has 1e-5, the default
            here is MAR's 1e-4 per 256 images. Size of the head: MAR-L's (the paper gives none)
-Refined:   arcond calibrate --checkpoint runs/ar_xl --config.transport.kind=stored
+Refined:   arcond calibrate --checkpoint runs/ar_xl --config.transport.kind=residual
+             --config.transport.grouping=class --config.transport.num_sources=4
 Command:   arcond train --config configs/ar_xl_imagenet256.py --workdir runs/ar_xl
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/kl16
 Hardware:  not yet run

@@ -185,6 +185,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.transport.kind = "stored"
     config.transport.grouping = "class"
     config.transport.num_atoms = 128
+    config.transport.num_directions = 64  # at most; of the kind "residual"
     config.transport.num_sources = 100  # rows per group in the calibration rollout
     config.transport.tau = 1.0
     config.transport.num_jko_steps = 1

@@ -34,7 +34,7 @@ def get_config(image_size: int = 256) -> ml_collections.ConfigDict:
         checkpoint_every=5 * STEPS_PER_EPOCH,
     )
     config.sampling.update(num_head_evaluations=100, spacing="even", solver="ancestral")
-    # Off until calibrated: `--config.transport.kind=bures` or `stored`.
+    # Off until calibrated. With classes: kind=residual, grouping=class and num_sources=4, say.
     config.transport.update(kind="none", grouping="shared", num_atoms=1024, num_sources=1024)
     return config
 

@@ -118,6 +118,16 @@ def test_models_of_captions_are_not_trained():
         build.load_config("llamagen_t2i_xl_256", ["transport.kind=bures"])
 
 
+def test_the_bank_of_a_thousand_classes_is_one_of_residuals():
+    name, overrides = "ar_xl_imagenet256", ["transport.grouping=class", "transport.num_atoms=1024"]
+    config = build.load_config(name, [*overrides, "transport.kind=stored"])
+    with pytest.raises(build.ConfigError, match=r"would keep 1,250 GiB of conditions, for 256"):
+        build.empty_bank(config)
+    config = build.load_config(name, [*overrides, "transport.kind=residual"])
+    bank = jax.eval_shape(lambda: build.empty_bank(config))
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(bank)) < 2**28
+
+
 def test_the_default_variant_is_joint():
     assert build.load_config("digits") == build.load_config("configs/digits.py:joint")
 
@@ -172,7 +182,7 @@ WRONG_OVERRIDES = {
     "tokenizer.name=vq": r"data\.image_size 8 is not divisible by 16, the edge of a token",
     "backbone=rar": r"loss\.w_diffusion 1\.0 needs latents, which backbone rar on tok",
     "training.dtype=float16": r"training\.dtype 'float16' is not one of float32, bfloat16",
-    "transport.kind=exact": r"transport\.kind 'exact' is not one of none, stored, bures, in_batch",
+    "transport.kind=exact": r"transport\.kind 'exact' is not one of none, stored, bures, residual",
     "gpt.remat=some": r"gpt\.remat 'some' is not one of none, full, dots",
     "data.batch_size=0": r"data\.batch_size 0 must be at least 1",
     "gpt.depth=0": r"gpt\.depth 0 must be at least 1",

@@ -9,7 +9,7 @@ from arcond_jax.build import models, tokens, training
 from arcond_jax.config import Config, ConfigError
 from arcond_jax.nn import stack
 
-REFINEMENTS = ("none", "stored", "bures", "in_batch")
+REFINEMENTS = ("none", "stored", "bures", "residual", "in_batch")
 
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
@@ -65,7 +65,7 @@ def check(config: Config) -> None:
         "loss": ("num_copies",),
         "training": ("num_accumulations", "log_every", "checkpoint_every", "checkpoints_kept"),
         "sampling": ("num_head_evaluations", "stride"),
-        "transport": ("num_atoms", "num_sources"),
+        "transport": ("num_atoms", "num_directions", "num_sources"),
     }
     if config.backbone != "captioned":  # its labels are captions, which come with sampling
         positive["data"] += ("num_classes",)

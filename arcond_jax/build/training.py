@@ -17,6 +17,7 @@ from arcond_jax.training import state as state_lib
 from arcond_jax.training import step as step_lib
 from arcond_jax.transport import bank as bank_lib
 from arcond_jax.transport import options as options_lib
+from arcond_jax.transport import residual
 
 # Where the width of a condition that can be refined is said.
 WIDTHS = {
@@ -25,6 +26,8 @@ WIDTHS = {
     "rar": "rar.width",
     "mar": "mar.decoder_width",
 }
+
+MAX_BANK_BYTES = 2**35  # the bank is whole on every device
 
 
 def mesh(config: Config) -> Mesh:
@@ -81,22 +84,35 @@ def refine_options(config: Config) -> options_lib.RefineOptions:
     )
 
 
-def empty_bank(config: Config) -> bank_lib.Bank | None:
+def empty_bank(config: Config) -> bank_lib.Bank | residual.ResidualBank | None:
     """A bank with a slot per position (MAR: per decoding step), and a group per class or for all.
 
     None without refinement.
+
+    Raises:
+      ConfigError: It would not fit a device.
     """
-    if config.transport.kind == "none":
+    transport = config.transport
+    if transport.kind == "none":
         return None
-    shared = config.transport.grouping == "shared"
-    is_mar = config.backbone == "mar"
+    num_slots, num_groups = int(np.prod(tokens.grid(config))), config.data.num_classes
+    if config.backbone == "mar":
+        num_slots = config.sampling.num_ar_steps
+    if transport.grouping == "shared":
+        num_groups = 1
     section, key = WIDTHS[config.backbone].split(".")
-    return bank_lib.init_bank(
-        config.sampling.num_ar_steps if is_mar else int(np.prod(tokens.grid(config))),
-        1 if shared else config.data.num_classes,
-        num_atoms=config.transport.num_atoms,
-        width=config[section][key],
-    )
+    sizes = dict(num_atoms=transport.num_atoms, width=config[section][key])
+    if transport.kind == "residual":
+        sizes["num_directions"] = min(transport.num_directions, sizes["width"])
+        return residual.init_bank(num_slots, num_groups, **sizes)
+    num_bytes = 4 * num_slots * num_groups * sizes["num_atoms"] * sizes["width"]
+    if num_bytes > MAX_BANK_BYTES:
+        raise ConfigError(
+            f"transport.kind {transport.kind} would keep {num_bytes / 2**30:,.0f} GiB of "
+            f"conditions, for {num_slots} slots and {num_groups} groups: use transport.kind="
+            "residual, transport.grouping=shared or fewer transport.num_atoms"
+        )
+    return bank_lib.init_bank(num_slots, num_groups, **sizes)
 
 
 def abstract_params(config: Config) -> types.Params:

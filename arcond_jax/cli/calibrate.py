@@ -19,9 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     config = run.config_for(args.checkpoint, args.config, args.overrides)
-    if config.transport.kind not in ("stored", "bures"):
+    if config.transport.kind in ("none", "in_batch"):
         raise build.ConfigError(
-            f"transport.kind={config.transport.kind} needs no calibration: use stored or bures"
+            f"transport.kind={config.transport.kind} needs no calibration: use stored, bures or "
+            "residual"
         )
     trained = run.restore(args.checkpoint, config=config)
     run.save_refiner(trained, args.checkpoint, config, run.calibrate(trained))

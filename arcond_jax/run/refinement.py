@@ -1,15 +1,17 @@
 """The refiner of a run: a bank of its conditions, maps fitted to its sampler, kept on disk."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from arcond_jax import build, checkpoint, sharding, types
 from arcond_jax import config as config_lib
@@ -18,9 +20,10 @@ from arcond_jax.models import dit
 from arcond_jax.run import drawing
 from arcond_jax.run.restoring import Trained
 from arcond_jax.transport import bank as bank_lib
-from arcond_jax.transport import inverse, refiners
+from arcond_jax.transport import inverse, refiners, residual
 
 IMAGES_PER_ATOM = 8  # read to fill a bank, at most: a group's ring is then full whatever the order
+IMAGES_PER_MEAN = 200  # read for the mean of each group in a bank of residuals, at most
 CONDITIONS_SEED = 0  # of the orders in which MAR's conditions are met
 CONDITIONS_BATCH = 128
 CALIBRATION_SEED = 1000  # apart from the small seeds people sample with
@@ -34,6 +37,17 @@ def conditions(
     Args:
       at_most: Images to take, spread over the split; None takes all.
     """
+    conds, labels = [], []
+    for cond, label, valid in _condition_batches(trained, split, at_most=at_most):
+        conds.append(np.asarray(cond)[valid])
+        labels.append(label[valid])
+    return np.concatenate(conds), np.concatenate(labels)
+
+
+def _condition_batches(
+    trained: Trained, split: str, *, at_most: int | None
+) -> Iterator[tuple[Float[jax.Array, "b s d"], Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
+    """Conditions on the device, labels, and which rows count."""
     generator = build.generator(trained.config, trained.tokenizer)
     if isinstance(generator, dit.Generator):
         raise build.ConfigError("backbone dit has one condition for all tokens, and none per token")
@@ -44,18 +58,15 @@ def conditions(
     run = sharding.on_mesh(run, trained.mesh)
     source = build.source(trained.config, split)
     batches = pipeline.full_batches(source, CONDITIONS_BATCH, at_most=at_most)
-    conds, labels = [], []
     for number, batch in enumerate(batches):
         placed = sharding.put_batch({k: batch[k] for k in ("image", "label")}, trained.mesh)
         rng = jax.random.fold_in(jax.random.key(CONDITIONS_SEED), number)
         cond = run(trained.params, trained.tokenizer, placed["image"], placed["label"], rng)
-        conds.append(np.asarray(cond)[batch["valid"]])
-        labels.append(batch["label"][batch["valid"]])
-    return np.concatenate(conds), np.concatenate(labels)
+        yield cond, batch["label"], batch["valid"]
 
 
-def filled_bank(trained: Trained) -> bank_lib.Bank:
-    """A bank of the training set's conditions under the averaged parameters, in one pass.
+def filled_bank(trained: Trained) -> bank_lib.Bank | residual.ResidualBank:
+    """A bank of the training set's conditions under the averaged parameters, in one pass or two.
 
     Conditions drift while the network trains, so what counts is how they are at the end.
     """
@@ -63,11 +74,29 @@ def filled_bank(trained: Trained) -> bank_lib.Bank:
     if bank is None:
         raise build.ConfigError("transport.kind is none, and without refinement there is no bank")
     num_groups = bank.count.shape[1]
+    if isinstance(bank, residual.ResidualBank):
+        return _residual_bank(trained, bank)
     enough = IMAGES_PER_ATOM * trained.config.transport.num_atoms * num_groups
     cond, label = conditions(trained, "train", at_most=enough)
     group = jnp.zeros_like(label) if num_groups == 1 else jnp.asarray(label)
     update = sharding.on_mesh(bank_lib.update_bank, trained.mesh)
     return update(bank, jnp.asarray(cond), group=group)
+
+
+def _residual_bank(trained: Trained, empty: residual.ResidualBank) -> residual.ResidualBank:
+    """Means and directions from many images, one batch in memory at a time; then the atoms."""
+    num_groups = empty.count.shape[1]
+    add = sharding.on_mesh(residual.add, trained.mesh, static_argnames="num_groups")
+    moments = None
+    enough = IMAGES_PER_MEAN * num_groups
+    for cond, label, valid in _condition_batches(trained, "train", at_most=enough):
+        group = np.where(valid, 0 if num_groups == 1 else label, num_groups)
+        moments = add(moments, cond, group=group, num_groups=num_groups)
+    cond, label = conditions(trained, "train", at_most=empty.atoms.shape[1])
+    make = sharding.on_mesh(
+        functools.partial(residual.make_bank, num_directions=empty.basis.shape[2]), trained.mesh
+    )
+    return make(moments, jnp.asarray(cond), group=label * (num_groups > 1))
 
 
 def calibrate(trained: Trained, config: build.Config | None = None) -> types.Refiner:
@@ -83,13 +112,14 @@ def calibrate(trained: Trained, config: build.Config | None = None) -> types.Ref
         return refiners.Identity()
     bank = _fitting_bank(trained)
     if kind == "in_batch":
+        assert isinstance(bank, bank_lib.Bank)
         return refiners.InBatch(bank, options=build.refine_options(trained.config))
     calibrator, label = _calibrator(trained, bank)
     _, sampled = drawing.Drawer(trained)(calibrator, label, seed=CALIBRATION_SEED)
     return calibrator.finish(sampled.refiner_state)
 
 
-def _fitting_bank(trained: Trained) -> bank_lib.Bank:
+def _fitting_bank(trained: Trained) -> bank_lib.Bank | residual.ResidualBank:
     """The stored bank, or one filled now if that is empty or has other slots, groups or atoms."""
     wanted, bank = jax.eval_shape(lambda: build.empty_bank(trained.config)), trained.bank
     if bank is not None and bank.atoms.shape == wanted.atoms.shape and int(bank.count.min()) > 0:
@@ -99,8 +129,8 @@ def _fitting_bank(trained: Trained) -> bank_lib.Bank:
 
 
 def _calibrator(
-    trained: Trained, bank: bank_lib.Bank
-) -> tuple[refiners.Calibrator | refiners.BuresCalibrator, Int[np.ndarray, " n"]]:
+    trained: Trained, bank: bank_lib.Bank | residual.ResidualBank
+) -> tuple[refiners.Calibrator, Int[np.ndarray, " n"]]:
     """The calibrator of the config, and the labels of its rollout."""
     config = trained.config
     options = build.refine_options(config)
@@ -112,9 +142,18 @@ def _calibrator(
                 "draws several at once: set it to 0"
             )
         operators = inverse.fit_inverse(jnp.asarray(conditions(trained, "train")[0]))
-    make = {"stored": refiners.Calibrator, "bures": refiners.BuresCalibrator}[config.transport.kind]
-    calibrator = make(bank, inverse=operators, options=options, grouping=config.transport.grouping)
-    return calibrator, np.repeat(np.arange(config.data.num_classes), config.transport.num_sources)
+    calibrator = refiners.Calibrator(
+        bank,
+        inverse=operators,
+        options=options,
+        grouping=config.transport.grouping,
+        kind=config.transport.kind,
+    )
+    num_rows, num_classes = (
+        bank.count.shape[1] * config.transport.num_sources,
+        config.data.num_classes,
+    )
+    return calibrator, np.arange(num_rows) * num_classes // num_rows  # class-major, evenly
 
 
 def save_refiner(
@@ -142,17 +181,25 @@ def load_refiner(trained: Trained, workdir: pathlib.Path, config: build.Config) 
             f"{workdir} has no calibrated refiner: run `arcond calibrate --checkpoint {workdir}` "
             "with the same settings, or set transport.kind=none"
         )
-    saved, wanted = checkpoint.load_metadata(str(directory)), _refiner_settings(trained, config)
+    wanted = _refiner_settings(trained, config)
+    # Keys newer than the refiner have their default, as in a config.
+    saved = _refiner_settings(trained, config_lib.from_dict({}))
+    saved |= checkpoint.load_metadata(str(directory))
     for name, value in wanted.items():
-        if saved.get(name) != value:
+        if saved[name] != value:
             raise build.ConfigError(
-                f"the refiner in {workdir} was calibrated with {name}={saved.get(name)}, not "
+                f"the refiner in {workdir} was calibrated with {name}={saved[name]}, not "
                 f"{value}: the conditions depend on it, so run `arcond calibrate` again"
             )
     bank = jax.eval_shape(lambda: build.empty_bank(config))
     trained = dataclasses.replace(trained, config=config)
     calibrator, label = _calibrator(trained, bank)
-    shapes = jax.eval_shape(lambda: calibrator.finish(calibrator.init(jnp.asarray(label))))
+
+    def fitted(bank):
+        filled = dataclasses.replace(calibrator, bank=bank)
+        return filled.finish(filled.init(jnp.asarray(label)))
+
+    shapes = jax.eval_shape(fitted, bank)
     whole = sharding.replicated(trained.mesh)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes

@@ -12,6 +12,7 @@ from arcond_jax import build, checkpoint, sharding, types
 from arcond_jax import config as config_lib
 from arcond_jax.training import state as state_lib
 from arcond_jax.transport import bank as bank_lib
+from arcond_jax.transport import residual
 
 # What may differ between a checkpoint and the config it is continued or sampled with.
 FREE_SECTIONS = ("sampling", "mesh", "transport")
@@ -37,7 +38,7 @@ class Trained:
     mesh: Mesh
     tokenizer: types.Tokenizer
     params: types.Params
-    bank: bank_lib.Bank | None
+    bank: bank_lib.Bank | residual.ResidualBank | None
     step: int
 
 

@@ -34,6 +34,11 @@ class Bank:
     ema_radius: Float[Array, "s g"]
     ema_weight: Float[Array, "s g"]
 
+    @property
+    def width(self) -> int:
+        """Width of a condition."""
+        return self.atoms.shape[-1]
+
 
 def init_bank(
     num_slots: int, num_groups: int, *, num_atoms: int, width: int, dtype: DTypeLike = jnp.float32
@@ -96,12 +101,12 @@ def update_bank(
     )
 
 
-def mean(bank: Bank) -> Float[Array, "s g d"]:
+def mean(bank: Bank) -> Float[Array, "*s g d"]:
     """Bias-corrected moving mean; 0 for an empty slot and group."""
     return _unbiased(bank.ema_mean, bank.ema_weight[..., None])
 
 
-def radius(bank: Bank) -> Float[Array, "s g"]:
+def radius(bank: Bank) -> Float[Array, "*s g"]:
     """Bias-corrected moving mean of |cond - mean|^2 / 2; 0 for an empty slot and group."""
     return _unbiased(bank.ema_radius, bank.ema_weight)
 

@@ -37,6 +37,11 @@ class GaussianMap:
     matrix: Float[Array, "*s d d"]
     valid: Bool[Array, "*s g"]
 
+    @property
+    def width(self) -> int:
+        """Width of a condition."""
+        return self.matrix.shape[-1]
+
 
 def transport_matrix(
     source_cov: Float[Array, "d d"], target_cov: Float[Array, "d d"]

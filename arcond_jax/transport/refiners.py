@@ -1,11 +1,10 @@
 """Refiners for the sampling loop: conditions in, conditions out, one slot at a time.
 
 All keep the contract `arcond_jax.types.Refiner` and are pytrees, so they pass through jit as
-arguments. `Stored` and `Bures` hold maps fitted beforehand and treat every row on its own;
+arguments. `Stored` and `Pooled` hold maps fitted beforehand and treat every row on its own;
 `InBatch` solves transport for the batch at hand, as "Condition Errors Refinement in Autoregressive
-Image Generation with Diffusion Loss" (ICLR 2026) reads literally; `Calibrator` and
-`BuresCalibrator` fit the maps in one rollout, slot by slot, because the conditions of a slot depend
-on how the earlier slots were refined.
+Image Generation with Diffusion Loss" (ICLR 2026) reads literally; `Calibrator` fits maps in one
+rollout, slot by slot, because the conditions of a slot depend on how earlier slots were refined.
 """
 
 import functools
@@ -19,13 +18,17 @@ from jaxtyping import Array, Bool, Float, Int
 from arcond_jax import types
 from arcond_jax.transport import bank as bank_lib
 from arcond_jax.transport import blocks as blocks_lib
-from arcond_jax.transport import bures, entropic, sinkhorn
+from arcond_jax.transport import bures, entropic, residual, sinkhorn
 from arcond_jax.transport import inverse as inverse_lib
 from arcond_jax.transport import options as options_lib
 
 # "class": the group of a row is its label, and rows of the null class stay as they are.
 # "shared": all rows are of group 0, whatever their label.
 Grouping = Literal["class", "shared"]
+
+# "stored": an entropic map for every group. "bures": means of every group and one normal map.
+# "residual": means of every group and one entropic map of the rest, in few directions.
+Fitted = Literal["stored", "bures", "residual"]
 
 _OPTIONS = options_lib.RefineOptions()
 
@@ -119,24 +122,24 @@ class Stored:
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
 @flax.struct.dataclass
-class Bures:
-    """Applies the Gaussian map of the slot; rows do not see each other.
+class Pooled:
+    """Applies the one map of the slot, with the means of each row's group; rows do not mix.
 
     Attributes:
-      maps: One map per slot, from `BuresCalibrator.finish`.
+      maps: One map per slot, from `Calibrator.finish`.
       inverse: Operators of the term R, one per slot; needed if `options.inverse_weight` is not 0.
-      options: Static choices.
+      options: The choices the maps were fitted with.
       grouping: What a group is.
     """
 
-    maps: bures.GaussianMap
+    maps: bures.GaussianMap | residual.ResidualMap
     inverse: inverse_lib.Inverse | None = None
     options: options_lib.RefineOptions = flax.struct.field(pytree_node=False, default=_OPTIONS)
     grouping: Grouping = flax.struct.field(pytree_node=False, default="class")
 
     def init(self, label: Int[Array, " b"]) -> types.RefinerState:
         """Carries the conditions of the slot before, if the term R is on."""
-        width = self.maps.matrix.shape[-1]
+        width = self.maps.width
         return _init_previous(label, width, inverse=self.inverse, options=self.options)
 
     def __call__(
@@ -149,9 +152,12 @@ class Bures:
     ) -> tuple[Float[Array, "b d"], types.RefinerState]:
         """Refines the conditions of one slot."""
         group, known = _group_of(label, self.maps.valid.shape[1], self.grouping)
-        gaussian_map = jax.tree.map(lambda leaf: leaf[slot], self.maps)
-        refined = bures.refine(cond, gaussian_map, group=group, options=self.options)
-        active = known & gaussian_map.valid[group]
+        pooled = jax.tree.map(lambda leaf: leaf[slot], self.maps)
+        if isinstance(pooled, bures.GaussianMap):
+            refined = bures.refine(cond, pooled, group=group, options=self.options)
+        else:
+            refined = residual.refine(cond, pooled, group=group, options=self.options)
+        active = known & pooled.valid[group]
         return _settle(cond, refined, state, slot=slot, active=active, refiner=self)
 
 
@@ -230,41 +236,40 @@ class CalibrationState:
     previous: Float[Array, "b d"] | None
 
 
+@no_type_check  # jax rebuilds pytrees around shapes, axes and None
 @flax.struct.dataclass
 class Calibrator:
-    """Fits entropic maps while it refines: one rollout with it calibrates all slots.
+    """Fits maps while it refines: one rollout with it calibrates all slots.
 
-    The batch must be class-major with as many rows (100 or more serve well) for every group of the
-    bank, in the order of the groups. Calibrate for the temperature, guidance and number of steps
-    that are used later, since the conditions depend on them.
+    The batch must be class-major with as many rows for every group of the bank, in the order of the
+    groups: 100 or more serve well, and a few are enough for "residual" with many groups. Calibrate
+    for the temperature, guidance and number of steps that are used later, since the conditions
+    depend on them.
 
     Attributes:
-      bank: Reference conditions.
+      bank: Reference conditions, a `residual.ResidualBank` for the kind "residual".
       inverse: Operators of the term R, one per slot; needed if `options.inverse_weight` is not 0.
       options: Static choices.
-      grouping: What a group is; handed on to `Stored`.
+      grouping: What a group is; handed on to what `finish` gives.
+      kind: Which maps.
     """
 
-    bank: bank_lib.Bank
+    bank: bank_lib.Bank | residual.ResidualBank
     inverse: inverse_lib.Inverse | None = None
     options: options_lib.RefineOptions = flax.struct.field(pytree_node=False, default=_OPTIONS)
     grouping: Grouping = flax.struct.field(pytree_node=False, default="class")
+    kind: Fitted = flax.struct.field(pytree_node=False, default="stored")
 
     def init(self, label: Int[Array, " b"]) -> types.RefinerState:
         """Carries the maps of all slots, empty at first."""
-        num_slots, num_groups, num_atoms, width = self.bank.atoms.shape
+        num_slots, num_groups = self.bank.count.shape
         num_rows = _rows_per_group(label.shape[0], num_groups)
-        sizes = (num_slots, num_groups)
-        debias = self.options.debias
-        maps = entropic.EntropicMap(
-            atoms=self.bank.atoms,
-            g=jnp.zeros((*sizes, num_atoms), jnp.float32),
-            source=jnp.zeros((*sizes, num_rows, width), jnp.float32) if debias else None,
-            h=jnp.zeros((*sizes, num_rows), jnp.float32) if debias else None,
-            epsilon=jnp.ones(sizes, jnp.float32),
-            valid=jnp.zeros(sizes, bool),
+        blocks = jax.ShapeDtypeStruct((num_groups, num_rows, self.bank.width), jnp.float32)
+        shapes = jax.eval_shape(lambda rows: self._fit(rows, jnp.array(0)), blocks)
+        maps = jax.tree.map(lambda x: jnp.zeros((num_slots, *x.shape), x.dtype), shapes)
+        previous = _init_previous(
+            label, self.bank.width, inverse=self.inverse, options=self.options
         )
-        previous = _init_previous(label, width, inverse=self.inverse, options=self.options)
         return CalibrationState(maps=maps, previous=previous)
 
     def __call__(
@@ -278,88 +283,38 @@ class Calibrator:
         """Fits the maps of one slot and refines with them, each row left out of its own map."""
         del label  # class-major: the place of a row tells its group
         blocks = _split(cond, self.bank.count.shape[1])
-        maps = jax.vmap(functools.partial(entropic.fit, options=self.options))(
-            self.bank.atoms[slot],
-            blocks,
-            count=self.bank.count[slot],
-            radius=bank_lib.radius(self.bank)[slot],
-        )
-        refined = jax.vmap(functools.partial(entropic.refine_source, options=self.options))(
-            blocks, maps
-        ).reshape(cond.shape)
-        active = jnp.repeat(maps.valid, blocks.shape[1])
+        maps = self._fit(blocks, slot)
+        num_groups, num_rows, _ = blocks.shape
+        group = jnp.repeat(jnp.arange(num_groups), num_rows)
+        if self.kind == "bures":
+            refined = bures.refine(cond, maps, group=group, options=self.options)
+        elif self.kind == "residual":
+            refined = residual.refine(cond, maps, group=group, options=self.options, fitted_on=True)
+        else:
+            refine = functools.partial(entropic.refine_source, options=self.options)
+            refined = jax.vmap(refine)(blocks, maps).reshape(cond.shape)
         refined, previous = _settle(
-            cond, refined, state.previous, slot=slot, active=active, refiner=self
+            cond, refined, state.previous, slot=slot, active=maps.valid[group], refiner=self
         )
-        return refined, CalibrationState(maps=_write(state.maps, slot, maps), previous=previous)
-
-    def finish(self, state: types.RefinerState) -> Stored:
-        """Turns the state after the last slot into a refiner for single rows."""
-        return Stored(
-            maps=state.maps, inverse=self.inverse, options=self.options, grouping=self.grouping
-        )
-
-
-@flax.struct.dataclass
-class BuresCalibrator:
-    """Fits Gaussian maps while it refines: one rollout with it calibrates all slots.
-
-    The batch must be class-major, as for `Calibrator`.
-
-    Attributes:
-      bank: Reference conditions.
-      inverse: Operators of the term R, one per slot; needed if `options.inverse_weight` is not 0.
-      options: Static choices.
-      grouping: What a group is; handed on to `Bures`.
-    """
-
-    bank: bank_lib.Bank
-    inverse: inverse_lib.Inverse | None = None
-    options: options_lib.RefineOptions = flax.struct.field(pytree_node=False, default=_OPTIONS)
-    grouping: Grouping = flax.struct.field(pytree_node=False, default="class")
-    # To jaxlib 0.10.2 trees are equal if only their class differs, and jit takes one for the other.
-    kind: Literal["bures"] = flax.struct.field(pytree_node=False, default="bures")
-
-    def init(self, label: Int[Array, " b"]) -> types.RefinerState:
-        """Carries the maps of all slots, empty at first."""
-        num_slots, num_groups, _, width = self.bank.atoms.shape
-        means = jnp.zeros((num_slots, num_groups, width), jnp.float32)
-        maps = bures.GaussianMap(
-            source_mean=means,
-            target_mean=means,
-            matrix=jnp.zeros((num_slots, width, width), jnp.float32),
-            valid=jnp.zeros((num_slots, num_groups), bool),
-        )
-        previous = _init_previous(label, width, inverse=self.inverse, options=self.options)
-        return CalibrationState(maps=maps, previous=previous)
-
-    def __call__(
-        self,
-        cond: Float[Array, "b d"],
-        state: types.RefinerState,
-        *,
-        slot: Int[Array, ""],
-        label: Int[Array, " b"],
-    ) -> tuple[Float[Array, "b d"], types.RefinerState]:
-        """Fits the map of one slot and refines with it."""
-        del label  # class-major: the place of a row tells its group
-        num_groups = self.bank.count.shape[1]
-        blocks = _split(cond, num_groups)
-        gaussian_map = bures.fit(
-            self.bank.atoms[slot], blocks, count=self.bank.count[slot], options=self.options
-        )
-        group = jnp.repeat(jnp.arange(num_groups), blocks.shape[1])
-        refined = bures.refine(cond, gaussian_map, group=group, options=self.options)
-        refined, previous = _settle(
-            cond, refined, state.previous, slot=slot, active=gaussian_map.valid[group], refiner=self
-        )
-        maps = _write(state.maps, slot, gaussian_map)
+        maps = jax.tree.map(lambda leaf, one: leaf.at[slot].set(one), state.maps, maps)
         return refined, CalibrationState(maps=maps, previous=previous)
 
-    def finish(self, state: types.RefinerState) -> Bures:
+    def finish(self, state: types.RefinerState) -> Stored | Pooled:
         """Turns the state after the last slot into a refiner for single rows."""
-        return Bures(
+        make = Stored if self.kind == "stored" else Pooled
+        return make(
             maps=state.maps, inverse=self.inverse, options=self.options, grouping=self.grouping
+        )
+
+    def _fit(self, blocks: Float[Array, "g n d"], slot: Int[Array, ""]) -> Any:
+        """The maps of one slot."""
+        bank = jax.tree.map(lambda leaf: leaf[slot], self.bank)
+        if self.kind == "residual":
+            return residual.fit(bank, blocks, options=self.options)
+        if self.kind == "bures":
+            return bures.fit(bank.atoms, blocks, count=bank.count, options=self.options)
+        return jax.vmap(functools.partial(entropic.fit, options=self.options))(
+            bank.atoms, blocks, count=bank.count, radius=bank_lib.radius(bank)
         )
 
 
@@ -386,10 +341,6 @@ def _split(cond: Float[Array, "b d"], num_groups: int) -> Float[Array, "g n d"]:
     return cond.reshape(num_groups, num_rows, cond.shape[1])
 
 
-def _write(maps: Any, slot: Int[Array, ""], new: Any) -> Any:
-    return jax.tree.map(lambda leaf, one: leaf.at[slot].set(one), maps, new)
-
-
 def _init_previous(
     label: Int[Array, " b"],
     width: int,
@@ -414,7 +365,7 @@ def _settle(
     *,
     slot: Int[Array, ""],
     active: Bool[Array, " b"],
-    refiner: Stored | Bures | Calibrator | BuresCalibrator,
+    refiner: Stored | Pooled | Calibrator,
 ) -> tuple[Float[Array, "b d"], Float[Array, "b d"] | None]:
     """Adds the term R if it is on and gives rows that are not to be refined back as they came."""
     if previous is not None and refiner.options.step_size > 0.0:

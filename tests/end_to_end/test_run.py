@@ -191,6 +191,24 @@ def test_a_refiner_on_disk_is_the_one_calibrated(calibrated):
     assert np.any(images[0] != drawer.images(refiners.Identity(), label, seed=0))
 
 
+def test_a_refiner_of_residuals_fills_its_own_bank(finished, tmp_path):
+    config = tiny.config("joint", "transport.kind=residual", "transport.num_directions=5")
+    trained = run.restore(finished, config=config)
+    bank = run.filled_bank(trained)
+    cond, label = run.conditions(trained, "train")
+    mean = np.stack([cond[label == group].mean(axis=0) for group in range(10)], axis=1)
+    expected = np.einsum("sgd,sdk->sgk", mean, bank.basis)
+    np.testing.assert_allclose(bank.mean, expected, atol=1e-4)
+
+    refiner = run.calibrate(trained)
+    run.save_refiner(trained, tmp_path, config, refiner)
+    loaded = run.load_refiner(trained, tmp_path, config)
+    jax.tree.map(np.testing.assert_array_equal, loaded, refiner)
+    drawer, label = run.Drawer(trained), np.arange(16, dtype=np.int32) % 10
+    refined, plain = (drawer.images(r, label, seed=0) for r in (loaded, refiners.Identity()))
+    assert np.any(refined != plain)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -204,6 +222,17 @@ def test_a_refiner_for_another_sampler_is_refused(calibrated, override, message)
     with pytest.raises(build.ConfigError, match=message) as raised:
         run.load_refiner(trained, folder, tiny.config("joint", override))
     assert "\n" not in str(raised.value)
+
+
+def test_a_refiner_older_than_a_setting_has_its_default(calibrated, monkeypatch):
+    trained, folder, _ = calibrated
+    load, name = checkpoint.load_metadata, "transport.num_directions"
+    monkeypatch.setattr(
+        checkpoint, "load_metadata", lambda path: {k: v for k, v in load(path).items() if k != name}
+    )
+    run.load_refiner(trained, folder, trained.config)
+    with pytest.raises(build.ConfigError, match=r"num_directions=64, not 5"):
+        run.load_refiner(trained, folder, tiny.config("joint", f"{name}=5"))
 
 
 def test_a_refiner_of_another_step_is_refused(calibrated, finished):

@@ -88,15 +88,17 @@ def test_calibrated_map_brings_fresh_conditions_closer_to_the_ideal_law(calibrat
 
 
 def test_calibrated_gaussian_map_brings_fresh_conditions_closer(bank, batch):
-    calibrator = refiners.BuresCalibrator(bank=bank, options=OPTIONS)
+    calibrator = refiners.Calibrator(bank=bank, options=OPTIONS, kind="bures")
     _, state = rollout(calibrator, *batch)
     before, after = energy_gain(calibrator.finish(state))
     assert np.all(after < 0.5 * before)
 
 
 def test_jit_can_tell_the_calibrators_apart(bank):
-    kinds = (refiners.Calibrator, refiners.BuresCalibrator)
-    entropic, gaussian = (jax.tree.structure(kind(bank=bank)) for kind in kinds)
+    entropic, gaussian = (
+        jax.tree.structure(refiners.Calibrator(bank=bank, kind=kind))
+        for kind in ("stored", "bures")
+    )
     assert entropic != gaussian
 
 
@@ -118,7 +120,7 @@ def test_stored_rows_do_not_depend_on_their_batch(calibrated, batch):
 def test_null_class_rows_come_back_untouched(bank, batch, calibrated, kind):
     refiner = calibrated[1]
     if kind == "bures":
-        calibrator = refiners.BuresCalibrator(bank=bank, options=OPTIONS)
+        calibrator = refiners.Calibrator(bank=bank, options=OPTIONS, kind="bures")
         refiner = calibrator.finish(rollout(calibrator, *batch)[1])
     cond, label = batch
     refined, _ = rollout(refiner, cond, label.at[:5].set(NUM_GROUPS))
