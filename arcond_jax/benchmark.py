@@ -278,7 +278,7 @@ def mar_operations(loop: mar_sampling.MARSampler, batch_size: int) -> dict[str, 
     return counts
 
 
-def _block(num_keys: int, num_rows: int, width: int, mlp_ratio: int) -> float:
+def _block(num_keys: int, num_rows: int, width: int, mlp_ratio: float) -> float:
     """One transformer block of which `num_rows` rows are computed to the end."""
     projections = 3 * num_keys * width**2
     rest = num_rows * (1 + 2 * mlp_ratio) * width**2

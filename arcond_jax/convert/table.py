@@ -229,6 +229,8 @@ def _one(r: Row, state: StateDict, shape: tuple[int, ...]) -> Array:
     parts = [r.layout.to_ours(state[name].astype(np.float32), inner) for name in r.theirs]
     if r.num_layers is None:
         return np.ascontiguousarray(_joined(parts, r.join))
+    if r.num_layers == 0:  # MAR's decoder of one block has none under its scan
+        return np.zeros(shape, np.float32)
     size = len(parts) // r.num_layers
     return np.stack([_joined(parts[i : i + size], r.join) for i in range(0, len(parts), size)])
 

@@ -45,7 +45,7 @@ class Block(nn.Module):
     """
 
     num_heads: int
-    mlp_ratio: int
+    mlp_ratio: float
     attention_dropout: float
     dropout: float
     dtype: DTypeLike
@@ -81,7 +81,7 @@ class Block(nn.Module):
         x = x + nn.Dropout(self.dropout, deterministic=deterministic)(y)
 
         y = norm.LayerNorm(name="mlp_norm")(x)
-        hidden = self.mlp_ratio * d
+        hidden = int(self.mlp_ratio * d)
         x = x + mlp.GeluMLP(d, hidden, True, xavier, self.dropout, self.dtype, name="mlp")(y)
         return linear.constrain_batch(x), None
 
@@ -109,7 +109,7 @@ class MAR(nn.Module):
     decoder_depth: int = 12
     decoder_width: int = 768
     decoder_num_heads: int = 12
-    mlp_ratio: int = 4
+    mlp_ratio: float = 4.0
     attention_dropout: float = 0.1
     dropout: float = 0.1
     remat: str = "none"

@@ -80,9 +80,9 @@ def check_head(golden: golden_lib.Golden) -> None:
         }
 
     by_row = ("chain_pred_xstart", "chain_mean", "chain_log_variance", "chain_sample")
-    # The float32 exp of PyTorch and XLA differ in the last bit of a frequency, which at t = 999 is
-    # up to 6e-5 of the angle; no parameter is involved, so there is no noise to measure.
-    rounding = {"t_freq": golden_lib.CAP}
+    # PyTorch's float32 exp misses the last bit of two frequencies, which moves an angle below 1024
+    # by at most one spacing of float32 there; no parameter is involved, so there is no noise.
+    rounding = {"t_freq": float(np.spacing(np.float32(999.0)))}
     golden_lib.compare(golden, lambda state: run(convert(state)), by_row=by_row, rounding=rounding)
 
 
@@ -100,7 +100,7 @@ def network_of(config: dict) -> tuple[mar.MAR, mar.Generator]:
         num_classes=config["class_num"],
         head=head,
         buffer_size=config["buffer_size"],
-        mlp_ratio=int(config["mlp_ratio"]),
+        mlp_ratio=config["mlp_ratio"],
         encoder_depth=config["encoder_depth"],
         encoder_width=config["encoder_embed_dim"],
         encoder_num_heads=config["encoder_num_heads"],
@@ -110,7 +110,9 @@ def network_of(config: dict) -> tuple[mar.MAR, mar.Generator]:
         attention_dropout=0.0,
         dropout=0.0,
     )
-    return network, mar.Generator(network, COSINE, mask_rate_min=config.get("mask_rate", 0.7))
+    # Fewer tokens may be masked in an archive than ever are in training.
+    mask_rate_min = min(config.get("mask_rate", 0.7), 0.7)
+    return network, mar.Generator(network, COSINE, mask_rate_min=mask_rate_min)
 
 
 def mar_converter(generator: mar.Generator):

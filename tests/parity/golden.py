@@ -80,7 +80,7 @@ def compare(
 
     Args:
       by_row: Outputs whose first axis runs over magnitudes; each index has its own largest value.
-      rounding: Takes the place of 1e-5 for an output, up to `cap`; the caller says why.
+      rounding: Takes the place of 1e-5 for an output, and of `cap` if above; the caller says why.
 
     Returns:
       The largest difference of each output as a share of what is allowed.
@@ -105,7 +105,7 @@ def compare(
             share = rounding.get(name, ROUNDING)
             allowed = max(noise_factor * noise[row][at].max(initial=0.0), share * largest)
             if cap is not None:
-                allowed = min(allowed, cap * largest)
+                allowed = min(allowed, max(cap, share) * largest)
             difference = np.abs(value - expected)[row][at].max(initial=0.0)
             label = name if row is ... else f"{name}[{row}]"
             shares[label] = float(difference / max(allowed, 1e-30))
