@@ -47,17 +47,18 @@ def check_head(golden: golden_lib.Golden) -> None:
 
     def steps(params):
         """Every reverse step on its own, by its index in the respaced process."""
-        for k, noisy in enumerate(inputs["chain_x"]):
-            index = jnp.full(len(noisy), k)
-            time = jnp.full(len(noisy), int(process.timesteps[k]))
-            output = head.apply({"params": params}, noisy, time, cond)
-            predicted, v = jnp.split(output, 2, axis=-1)
-            x0 = gaussian.predict_x0(noisy, index, predicted, schedule=process)
-            mean = gaussian.posterior_mean(x0, noisy, index, schedule=process)
-            log_variance = gaussian.log_variance(v, index, schedule=process)
-            temperature = inputs["temperature"] if k else 0.0
-            noise = temperature * jnp.exp(0.5 * log_variance) * inputs["chain_noise"][k]
-            yield x0, mean, log_variance, mean + noise
+        noisy = inputs["chain_x"]
+        index = jnp.broadcast_to(jnp.arange(len(noisy))[:, None], noisy.shape[:2])
+        time = jnp.asarray(process.timesteps)[index]
+        conds = jnp.broadcast_to(cond, (len(noisy), *cond.shape))
+        output = head.apply({"params": params}, noisy, time, conds)
+        predicted, v = jnp.split(output, 2, axis=-1)
+        x0 = gaussian.predict_x0(noisy, index, predicted, schedule=process)
+        mean = gaussian.posterior_mean(x0, noisy, index, schedule=process)
+        log_variance = gaussian.log_variance(v, index, schedule=process)
+        temperature = jnp.where(index > 0, inputs["temperature"], 0.0)[..., None]
+        noise = temperature * jnp.exp(0.5 * log_variance) * inputs["chain_noise"]
+        return x0, mean, log_variance, mean + noise
 
     @jax.jit
     def run(params):
@@ -66,7 +67,7 @@ def check_head(golden: golden_lib.Golden) -> None:
         both = head.apply({"params": params}, jnp.concatenate([half, half]), t, cond)
         guided = filters.guide_noise(both, jnp.asarray(inputs["cfg_scale"]))[:, :channels]
         guided = jnp.concatenate([guided, guided])
-        x0, mean, log_variance, drawn = map(jnp.stack, zip(*steps(params), strict=True))
+        x0, mean, log_variance, drawn = steps(params)
         return {
             "t_freq": diffusion_head.time_features(t),
             "t_emb": parts["intermediates"]["time_1"]["__call__"][0],
