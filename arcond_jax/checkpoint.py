@@ -9,7 +9,7 @@ every earlier one intact. Directories may be local or a bucket (`gs://...`).
 import contextlib
 import dataclasses
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -120,6 +120,7 @@ class Checkpoints:
         *,
         abstract_tokenizer: Tree | None = None,
         step: int | None = None,
+        unread: Collection[str] = (),
     ) -> Restored:
         """Reads a checkpoint into the shapes, types and shardings of the abstract trees.
 
@@ -128,6 +129,8 @@ class Checkpoints:
             than the one that saved. A leaf without one goes to the first local device.
           abstract_tokenizer: The same for the tokenizer; None does not read it.
           step: Which one; None takes the latest.
+          unread: Branches at the top of the state that stay on disk: their shapes are checked, and
+            each of their leaves becomes `...`.
 
         Raises:
           CheckpointError: If there is none, it is damaged, or it belongs to another model.
@@ -143,8 +146,10 @@ class Checkpoints:
                 {name: metadata[name] for name in trees},
                 where=f"Step {step} in {self._directory}",
             )
+            trees = {name: _placed(tree) for name, tree in trees.items()}
+            trees["state"] = _without(trees["state"], unread)
             items: dict[str, ocp.args.CheckpointArgs] = {
-                name: ocp.args.StandardRestore(_placed(tree)) for name, tree in trees.items()
+                name: _restore_args(tree) for name, tree in trees.items()
             }
             items["data"] = ocp.args.JsonRestore()
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -279,6 +284,7 @@ def _registry(*, arrays: tuple[str, ...], json: tuple[str, ...]):
         handler = ocp.StandardCheckpointHandler()
         registry.add(name, ocp.args.StandardSave, handler)
         registry.add(name, ocp.args.StandardRestore, handler)
+        registry.add(name, ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler())
     for name in json:
         handler = ocp.JsonCheckpointHandler()
         registry.add(name, ocp.args.JsonSave, handler)
@@ -327,6 +333,33 @@ def _check_matches(expected: dict[str, Tree], saved: dict[str, Tree], *, where: 
                 f"{where} is of another model: {name} is {theirs} in the checkpoint, {ours} here."
                 " Use the config it was made with."
             )
+
+
+def _restore_args(tree: Tree) -> ocp.args.PyTreeRestore:
+    """For a tree with places, of which, unlike with `StandardRestore`, leaves may stay on disk."""
+    return ocp.args.PyTreeRestore(
+        item=tree,
+        restore_args=jax.tree.map(
+            lambda leaf: (
+                ocp.RestoreArgs()
+                if leaf is ocp.PLACEHOLDER
+                else ocp.ArrayRestoreArgs(
+                    sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+                )
+            ),
+            tree,
+        ),
+    )
+
+
+def _without(tree: Tree, branches: Collection[str]) -> Tree:
+    """A tree with some of its branches to be left on disk."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            ocp.PLACEHOLDER if jax.tree_util.keystr(path[:1], simple=True) in branches else leaf
+        ),
+        tree,
+    )
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:

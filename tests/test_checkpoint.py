@@ -89,6 +89,19 @@ def test_restored_is_saved(tmp_path):
         assert checkpoints.restore(abstract(state)).step == 5
 
 
+def test_branches_may_stay_on_disk(tmp_path):
+    state = make_state(2.0)
+    with checkpoint.Checkpoints(str(tmp_path), every=1) as checkpoints:
+        save(checkpoints, 1, state)
+        checkpoints.wait()
+        restored = checkpoints.restore(abstract(state), unread=("opt_state",)).state
+        assert all(leaf is ... for leaf in jax.tree.leaves(restored.opt_state))
+        assert_equal(restored.replace(opt_state=state.opt_state), state)
+        other = abstract(state).replace(opt_state={"count": jax.ShapeDtypeStruct((7,), jnp.int32)})
+        with pytest.raises(checkpoint.CheckpointError, match=r"of another model: state/opt_state"):
+            checkpoints.restore(other, unread=("opt_state",))
+
+
 def test_saved_arrays_may_be_donated(tmp_path):
     state = {"kernel": jnp.zeros((256, 256))}
     update = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
