@@ -23,7 +23,7 @@ from arcond_jax.transport import bank as bank_lib
 from arcond_jax.transport import inverse, refiners, residual
 
 IMAGES_PER_ATOM = 8  # read to fill a bank, at most: a group's ring is then full whatever the order
-IMAGES_PER_MEAN = 200  # read for the mean of each group in a bank of residuals, at most
+IMAGES_PER_MEAN = 200  # of each class, read for the moments in a bank of residuals, at most
 CONDITIONS_SEED = 0  # of the orders in which MAR's conditions are met
 CONDITIONS_BATCH = 128
 CALIBRATION_SEED = 1000  # apart from the small seeds people sample with
@@ -88,15 +88,17 @@ def _residual_bank(trained: Trained, empty: residual.ResidualBank) -> residual.R
     num_groups = empty.count.shape[1]
     add = sharding.on_mesh(residual.add, trained.mesh, static_argnames="num_groups")
     moments = None
-    enough = IMAGES_PER_MEAN * num_groups
+    enough = IMAGES_PER_MEAN * trained.config.data.num_classes
     for cond, label, valid in _condition_batches(trained, "train", at_most=enough):
         group = np.where(valid, 0 if num_groups == 1 else label, num_groups)
         moments = add(moments, cond, group=group, num_groups=num_groups)
-    cond, label = conditions(trained, "train", at_most=empty.atoms.shape[1])
+    num_atoms = empty.atoms.shape[1]
+    cond, label = conditions(trained, "train", at_most=num_atoms)
+    again = np.arange(num_atoms) % len(cond)  # where there are fewer images than atoms
     make = sharding.on_mesh(
         functools.partial(residual.make_bank, num_directions=empty.basis.shape[2]), trained.mesh
     )
-    return make(moments, jnp.asarray(cond), group=label * (num_groups > 1))
+    return make(moments, jnp.asarray(cond[again]), group=label[again] * (num_groups > 1))
 
 
 def calibrate(trained: Trained, config: build.Config | None = None) -> types.Refiner:
@@ -122,7 +124,8 @@ def calibrate(trained: Trained, config: build.Config | None = None) -> types.Ref
 def _fitting_bank(trained: Trained) -> bank_lib.Bank | residual.ResidualBank:
     """The stored bank, or one filled now if that is empty or has other slots, groups or atoms."""
     wanted, bank = jax.eval_shape(lambda: build.empty_bank(trained.config)), trained.bank
-    if bank is not None and bank.atoms.shape == wanted.atoms.shape and int(bank.count.min()) > 0:
+    shapes, found = ([x.shape for x in jax.tree.leaves(tree)] for tree in (wanted, bank))
+    if bank is not None and found == shapes and int(bank.count.min()) > 0:
         return bank
     logging.info("filling the bank of ideal conditions from the training split")
     return filled_bank(trained)
@@ -149,11 +152,9 @@ def _calibrator(
         grouping=config.transport.grouping,
         kind=config.transport.kind,
     )
-    num_rows, num_classes = (
-        bank.count.shape[1] * config.transport.num_sources,
-        config.data.num_classes,
-    )
-    return calibrator, np.arange(num_rows) * num_classes // num_rows  # class-major, evenly
+    num_rows = bank.count.shape[1] * config.transport.num_sources
+    label = np.arange(num_rows) * config.data.num_classes // num_rows  # class-major, evenly
+    return calibrator, label
 
 
 def save_refiner(

@@ -74,7 +74,7 @@ def restore(
             abstract_state,
             abstract_tokenizer=abstract_tokenizer,
             step=step,
-            unread=("params", "opt_state"),  # three quarters of the bytes; only training needs them
+            unread=("params", "opt_state"),  # only training needs them
         )
     state = restored.state
     return Trained(config, mesh, restored.tokenizer, state.ema, state.bank, restored.step)

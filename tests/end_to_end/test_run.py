@@ -3,6 +3,7 @@
 Also the bank, filled at the end, and the refiner that is calibrated from it.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -192,7 +193,9 @@ def test_a_refiner_on_disk_is_the_one_calibrated(calibrated):
 
 
 def test_a_refiner_of_residuals_fills_its_own_bank(finished, tmp_path):
-    config = tiny.config("joint", "transport.kind=residual", "transport.num_directions=5")
+    settings = ("transport.kind=residual", "transport.num_directions=5")
+    config_of_one_group = (*settings, "transport.grouping=shared")
+    config = tiny.config("joint", *settings)
     trained = run.restore(finished, config=config)
     bank = run.filled_bank(trained)
     cond, label = run.conditions(trained, "train")
@@ -200,7 +203,17 @@ def test_a_refiner_of_residuals_fills_its_own_bank(finished, tmp_path):
     expected = np.einsum("sgd,sdk->sgk", mean, bank.basis)
     np.testing.assert_allclose(bank.mean, expected, atol=1e-4)
 
-    refiner = run.calibrate(trained)
+    # One of a single group, and of more atoms than images, fits its config but not this one.
+    other = tiny.config("joint", *config_of_one_group, f"transport.num_atoms={len(cond) + 3}")
+    shared = run.filled_bank(dataclasses.replace(trained, config=other))
+    assert shared.atoms.shape[1] == len(cond) + 3
+    assert int(shared.count[0, 0]) == len(cond)
+    shared = run.filled_bank(
+        dataclasses.replace(trained, config=tiny.config("joint", *config_of_one_group))
+    )
+    refiner = run.calibrate(dataclasses.replace(trained, bank=shared))
+    assert refiner.maps.shift.shape[1] == 10
+
     run.save_refiner(trained, tmp_path, config, refiner)
     loaded = run.load_refiner(trained, tmp_path, config)
     jax.tree.map(np.testing.assert_array_equal, loaded, refiner)

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,8 @@ def compare(
     cap: float | None = CAP,
     by_row: Collection[str] = (),
     rounding: Mapping[str, float] = types.MappingProxyType({}),
+    caps: Mapping[str, float] = types.MappingProxyType({}),
+    others: Sequence[Check] = (),
 ) -> dict[str, float]:
     """Every output of `check` against the recorded one.
 
@@ -80,7 +82,9 @@ def compare(
 
     Args:
       by_row: Outputs whose first axis runs over magnitudes; each index has its own largest value.
-      rounding: Takes the place of 1e-5 for an output, and of `cap` if above; the caller says why.
+      rounding: Takes the place of 1e-5 for an output, up to its cap; the caller says why.
+      caps: Takes the place of `cap` for an output; the caller says why.
+      others: The same with sums in another order: what that changes is noise too.
 
     Returns:
       The largest difference of each output as a share of what is allowed.
@@ -88,6 +92,7 @@ def compare(
     with jax.default_matmul_precision("highest"):
         ours = check(golden.params)
         shaken = [check(perturbed(golden.params, seed)) for seed in (0, 1)]
+        shaken += [other(golden.params) for other in others]
     shares = {}
     for name, value in ours.items():
         expected, value = golden.outputs[name], np.asarray(value)
@@ -104,8 +109,9 @@ def compare(
             largest = np.abs(expected[row])[at].max(initial=0.0)
             share = rounding.get(name, ROUNDING)
             allowed = max(noise_factor * noise[row][at].max(initial=0.0), share * largest)
-            if cap is not None:
-                allowed = min(allowed, max(cap, share) * largest)
+            most = caps.get(name, cap)
+            if most is not None:
+                allowed = min(allowed, most * largest)
             difference = np.abs(value - expected)[row][at].max(initial=0.0)
             label = name if row is ... else f"{name}[{row}]"
             shares[label] = float(difference / max(allowed, 1e-30))
