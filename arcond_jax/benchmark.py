@@ -13,14 +13,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from arcond_jax import build, sharding, types
-from arcond_jax.models import mar
+from arcond_jax import build, types
+from arcond_jax.models import llamagen, mar
 from arcond_jax.nn import mlp
-from arcond_jax.sampling import causal
+from arcond_jax.parallel import compiled as compiled_lib
 from arcond_jax.sampling import mar as mar_sampling
+from arcond_jax.sampling import raster
 from arcond_jax.transport import refiners
 
 
@@ -89,24 +90,22 @@ def measure(
     """
     first = next(iter(configs.values()))
     mesh = build.mesh(first)
-    init = sharding.on_mesh(build.generator(first).init, mesh)
+    init = compiled_lib.Compiled(build.generator(first).init, mesh)
     params = nn.unbox(init(jax.random.key(0)))
     timings = []
     for batch_size in batch_sizes:
         programs: dict[str, Program] = {}
         for name, config in configs.items():
             loop = build.sampler(config)
-            programs[name] = Program(_sampler(loop), sampling_work(loop, batch_size))
-            if not split or config is not first:
-                continue
-            if isinstance(loop, mar_sampling.MARSampler):
+            programs[name] = Program(_sampler(config), sampling_work(loop, batch_size))
+            if split and config is first and isinstance(loop, mar_sampling.MARSampler):
                 counts = mar_operations(loop, batch_size)
                 for part, function in mar_parts(loop).items():
                     programs[f"{name}: {part}"] = Program(function, Work(counts[part]))
-        label = jnp.zeros(batch_size, jnp.int32)
-        timings += _in_turns(programs, (params, jax.random.key(1), label), num_runs=num_runs)
-        if split and first.tokenizer.name != "patches":
-            timings.append(_decoding(first, batch_size, num_runs=num_runs))
+        args = params, jax.random.key(1), build.network(first).no_prompt(batch_size)
+        timings += _in_turns(programs, args, mesh, num_runs=num_runs)
+        if split and "path" in first.tokenizer:
+            timings.append(_decoding(first, batch_size, mesh, num_runs=num_runs))
     return timings
 
 
@@ -118,44 +117,49 @@ class Program:
     work: Work | None = None
 
 
-def _sampler(loop: build.Sampler) -> Callable[..., Any]:
-    def run(params: types.Params, rng: Key[Array, ""], label: Int[Array, " b"]) -> Any:
-        return loop(params, rng, label, refiner=refiners.Identity()).tokens
+def _sampler(config: build.Config) -> Callable[..., Any]:
+    """Without refinement; a warm start is from white noise, whatever the code."""
+    loop, law = build.sampler(config), None
+    if config.sampling.get("warm_start") is not None:
+        v, c = build.num_codes(config), build.token_channels(config)
+        law = types.CodeLaw(jnp.zeros((v, c)), jnp.broadcast_to(jnp.eye(c), (v, c, c)))
+
+    def run(params: types.Params, rng: Key[Array, ""], prompt: types.Prompt) -> Any:
+        return loop(params, rng, prompt, refiner=refiners.Identity(), code_law=law).tokens
 
     return run
 
 
-def _decoding(config: build.Config, batch_size: int, *, num_runs: int) -> Timing:
+def _decoding(config: build.Config, batch_size: int, mesh: Mesh, *, num_runs: int) -> Timing:
     """The tokenizer's decoder alone, with random weights."""
-    network, abstract = build.tokenizer_network(config), build.abstract_trained(config)
+    network, abstract = build.tokenizer_network(config), build.abstract_tokenizer(config)
     image = jnp.zeros((1, *build.image_shape(config)))
     fitted = dataclasses.replace(
         abstract, params=nn.unbox(jax.jit(network.init)(jax.random.key(0), image))["params"]
     )
-    length = math.prod(build.grid(config))
-    if build.has_codes(config):
-        tokens = types.Tokens(codes=jnp.zeros((batch_size, length), jnp.int32))
+    shape = (batch_size, math.prod(build.grid(config)))
+    if "codes" in build.family_of(config).draws:
+        tokens = types.Tokens(codes=jnp.zeros(shape, jnp.int32))
     else:
-        channels = build.token_channels(config)
-        tokens = types.Tokens(latents=jnp.zeros((batch_size, length, channels)))
+        tokens = types.Tokens(latents=jnp.zeros((*shape, build.token_channels(config))))
     name = f"{config.name}: decoding"
     programs = {name: Program(lambda fitted, tokens: fitted.decode(tokens))}
-    return _in_turns(programs, (fitted, tokens), num_runs=num_runs)[0]
+    return _in_turns(programs, (fitted, tokens), mesh, num_runs=num_runs)[0]
 
 
 def sampling_work(loop: build.Sampler, batch_size: int) -> Work | None:
     """What a sampler has to do; None for those that are not counted."""
     if isinstance(loop, mar_sampling.MARSampler):
         return Work(sum(mar_operations(loop, batch_size).values()))
-    if isinstance(loop, causal.CausalSampler) and loop.solver is None and loop.network.window == 1:
+    if isinstance(loop, raster.Raster) and type(loop.network) is llamagen.LlamaGen:
         return code_work(loop, batch_size)
     return None
 
 
-def code_work(loop: causal.CausalSampler, batch_size: int) -> Work:
+def code_work(loop: raster.Raster, batch_size: int) -> Work:
     """Of LlamaGen: every token passes all weights, and looks at a cache of full length."""
-    network, gpt = loop.network, loop.network.backbone
-    rows = batch_size * (2 if loop.guided else 1)
+    network: Any = loop.network
+    gpt, rows = network.backbone, batch_size * (2 if loop.guidance.on else 1)
     kv_heads = gpt.num_kv_heads or gpt.num_heads
     head_dim = gpt.width // gpt.num_heads
     hidden = gpt.mlp_hidden or mlp.swiglu_hidden(gpt.width)
@@ -170,9 +174,12 @@ def code_work(loop: causal.CausalSampler, batch_size: int) -> Work:
     )
 
 
-def _in_turns(programs: dict[str, Program], args: tuple, *, num_runs: int) -> list[Timing]:
+def _in_turns(
+    programs: dict[str, Program], args: tuple, mesh: Mesh, *, num_runs: int
+) -> list[Timing]:
     compiled = {
-        name: jax.jit(program.function).lower(*args).compile() for name, program in programs.items()
+        name: compiled_lib.Compiled(program.function, mesh).lower(*args).compile()
+        for name, program in programs.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(num_runs):
@@ -195,13 +202,13 @@ def _peak_bytes(program: Any) -> int:
 def mar_parts(loop: mar_sampling.MARSampler) -> dict[str, Callable[..., Any]]:
     """Encoder, decoder and head alone, over all steps of the loop and with its shapes."""
     network, width = loop.network, loop.network.decoder_width
-    starts = np.append(0, mar_sampling.step_ends(network.length, loop.num_ar_steps)[:-1])
+    starts = mar_sampling.step_starts(network.length, loop.num_ar_steps)
 
     def over_steps(body: Callable[..., Array]) -> Callable[..., Array]:
         """Carries a number through the steps, so that none is hoisted out of the loop."""
 
         def run(params: types.Params, rng: Key[Array, ""], label: Int[Array, " b"]) -> Array:
-            label = jnp.concatenate([label, label]) if loop.guided else label
+            label = loop.guidance.both(label)
             order = jnp.broadcast_to(jnp.arange(network.length), (len(label), network.length))
             total = jax.random.uniform(rng)
             for bucket in loop.buckets():
@@ -233,13 +240,13 @@ def mar_parts(loop: mar_sampling.MARSampler) -> dict[str, Callable[..., Any]]:
 
     def head(params, total, label, order, start, bucket):
         cond = jnp.full((len(label), bucket.num_drawn, width), total, network.dtype)
-        rows = len(label) // 2 if loop.guided else len(label)
+        rows = len(label) // 2 if loop.guidance.on else len(label)
 
         def noise_of(numbers: Int[Array, " k"]) -> Float[Array, "draws b k c"]:
             shape = (loop.solver.num_evaluations + 1, rows, len(numbers), network.channels)
             return jax.random.normal(jax.random.key(0), shape) + total
 
-        return loop.draw(params, cond, jnp.float32(0.5), start, noise_of, bucket)
+        return loop.draw(params, cond, start, start + 1, noise_of, bucket)
 
     return {
         "encoder": over_steps(encoder),
@@ -251,7 +258,7 @@ def mar_parts(loop: mar_sampling.MARSampler) -> dict[str, Callable[..., Any]]:
 def mar_operations(loop: mar_sampling.MARSampler, batch_size: int) -> dict[str, float]:
     """Multiplications and additions of matrix products, padding included."""
     network, head = loop.network, loop.network.head
-    rows = batch_size * (2 if loop.guided else 1)
+    rows = batch_size * (2 if loop.guidance.on else 1)
     slots = network.buffer_size + network.length
     counts = {"encoder": 0.0, "decoder": 0.0, "head": 0.0}
     for bucket in loop.buckets():

@@ -4,14 +4,18 @@ What a config means is known to `build` alone.
 """
 
 import ast
-import difflib
+import dataclasses
+import importlib
+import inspect
 import pathlib
+import pkgutil
 import runpy
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict
+
+from arcond_jax import configs
 
 if TYPE_CHECKING:  # what lies in a config is checked when it is read, not by its type
     Config = Any
@@ -24,16 +28,19 @@ class ConfigError(ValueError):
 
 
 def read(path: str) -> Config:
-    """Reads `path[:variant]`.
+    """Runs `path[:variant]`: a file, or the name of a config that comes with the library.
 
-    A path that does not exist is looked for among the configs that come with the library.
+    Nothing else is run: a name is looked for in the package alone, wherever one is.
 
     Raises:
-      ConfigError: no such file or variant, or a file that fails.
+      ConfigError: no such file, name or variant, or a file that fails.
     """
     path, _, variant = path.partition(":")
     try:
-        return _run_file(_find_file(path), variant)
+        get_config = _get_config(path)
+        if variant and not inspect.signature(get_config).parameters:
+            raise ConfigError(f"{path} has no variants, so not {variant!r}")
+        return get_config(variant) if variant else get_config()
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
@@ -42,81 +49,57 @@ def read(path: str) -> Config:
         raise ConfigError(f"{path} fails with {type(error).__name__}: {error}") from None
 
 
-def _run_file(path: pathlib.Path, variant: str) -> Config:
-    root = str(path.parent.parent)
-    sys.path.insert(0, root)  # config files import each other as `configs.<name>`
-    try:
-        get_config = runpy.run_path(str(path))["get_config"]
-        return get_config(variant) if variant else get_config()
-    finally:
-        sys.path.remove(root)
+def shipped() -> list[str]:
+    """Names of the configs that come with the library."""
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
 
 
-def _find_file(path: str) -> pathlib.Path:
-    package = pathlib.Path(__file__).parent
-    name = path if path.endswith(".py") else f"{path}.py"
-    shipped = [place / "configs" / pathlib.Path(name).name for place in (package.parent, package)]
-    for candidate in [pathlib.Path(name), *shipped]:
-        if candidate.is_file():
-            return candidate.resolve()
-    there = sorted(p.stem for place in shipped for p in place.parent.glob("*.py"))
-    raise ConfigError(f"no config file {path}: the library comes with {', '.join(there)}")
+def _get_config(path: str) -> Callable[..., Config]:
+    if path in shipped():
+        return importlib.import_module(f"{configs.__name__}.{path}").get_config
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(
+            f"no config file {path}: give one, or the name of one that comes with the library: "
+            f"{', '.join(shipped())}"
+        )
+    return runpy.run_path(path)["get_config"]
 
 
-def override(config: Config, text: str) -> None:
-    """Applies one `section.key=value` in place.
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    """A value that may also be None."""
 
-    Raises:
-      ConfigError: an unknown key or a value of the wrong type.
-    """
-    name, _, text = text.partition("=")
-    *sections, leaf = name.split(".")
-    section: Any = config
-    for part in sections:
-        section = section.get(part) if isinstance(section, config_dict.ConfigDict) else None
-    if not isinstance(section, config_dict.ConfigDict) or leaf not in section:
-        known = list(flat(config))
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"sections are {', '.join(config)}"
-        raise ConfigError(f"unknown config key {name}: {hint}")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text  # a bare word is a string
-    expected = section.get_type(leaf)
-    if expected is float and type(value) is int:
-        value = float(value)
-    # Placeholders, and only they, may be None.
-    fields = dict(section.items(preserve_field_references=True))
-    optional = isinstance(fields[leaf], config_dict.FieldReference)
-    if type(value) is not expected and not (value is None and optional):
-        wanted = expected.__name__ + (" or None" if optional else "")
-        raise ConfigError(f"config key {name} wants {wanted}, not {text!r}")
-    section[leaf] = value
+    kind: type
+    value: Any
 
 
-def from_dict(saved: Mapping[str, Any]) -> Config:
-    """The config of `to_dict`, as a checkpoint holds it.
-
-    Keys that are newer than the checkpoint get their default, which is what there was before them.
-
-    Raises:
-      ConfigError: It has keys this version does not know.
-    """
-    config = _run_file(_find_file("base"), "")
-    values = flat(config_dict.ConfigDict(saved))
-    unknown = sorted(values.keys() - flat(config).keys())
-    if unknown:
-        raise ConfigError(f"the saved config is of another version: it has {unknown[0]}")
-    config.update_from_flattened_dict(values)
+def made_of(sections: Mapping[str, Any]) -> Config:
+    """A config of the given values, by section."""
+    config = config_dict.ConfigDict()
+    for name, value in sections.items():
+        if isinstance(value, Mapping):
+            config[name] = made_of(value)
+        elif isinstance(value, Optional):
+            config[name] = config_dict.FieldReference(value.value, field_type=value.kind)
+        else:
+            config[name] = value
     return config
 
 
-def flat(config: Config) -> dict[str, Any]:
+def parse(text: str) -> tuple[str, Any]:
+    """`section.key=value` as its two sides; a value that is no Python literal is a string."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a bare word
+
+
+def flat(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """All keys as `section.key`."""
     values = {}
     for name, value in config.items():
-        if isinstance(value, config_dict.ConfigDict):
+        if isinstance(value, config_dict.ConfigDict | Mapping):
             values |= {f"{name}.{inner}": x for inner, x in flat(value).items()}
         else:
             values[name] = value

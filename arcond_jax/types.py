@@ -1,31 +1,85 @@
-"""Axis letters, the records that travel between the parts, and the contracts they keep.
+"""Axis letters, a glossary, the records that travel between the parts, and their contracts.
 
 Axis letters, the same in every signature and einsum:
   b batch, l length (positions of the token grid), d width, h heads, k head dim, f MLP width,
   v codebook, c latent channels, w tensor window, n m points, s slots, g groups;
   image axes are spelled height, width, channels.
 
-A batch goes: image --tokenizer--> Tokens --generator--> loss, and back: label --sampler--> Tokens
+Words, the field's where it has one:
+  position   a place of the token grid; raster order counts them row by row.
+  step       one training update; a decoding step of MAR is an `ar_step`.
+  latent     the continuous vector of a position.
+  code       the discrete id of a position; some tokenizers' are so large that models predict them
+             in several factors, one after another.
+  tokens     latents, codes, or both on one grid.
+  condition  what a backbone tells the heads about a position (`cond`).
+  refinement moving a condition towards its ideal distribution before any head sees it.
+  slot       one condition of a row in decoding order, as refinement counts them: a position of an
+             autoregressive model, a decoding step of MAR.
+  group      the rows that share an ideal distribution: a class, or all.
+  window     the code of a position and those after it, as TensorAR predicts them together; its
+             entries are numbered from 0, the position itself.
+  draft      an entry of a window beyond 0: a guess that later windows draw again.
+  prompt     what an image is asked for by: a class label or a caption.
+
+A batch goes: image --tokenizer--> Tokens --generator--> loss, and back: prompt --sampler--> Tokens
 --tokenizer--> image. Images are float32 in [-1, 1], NHWC; `image_uint8` only at both ends.
 """
 
 from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import flax.struct
-from jaxtyping import Array, Float, Int, Key
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
 Params = Any  # a plain tree of arrays
 Metrics = dict[str, Array]  # scalars, averaged over the steps between two log lines
 RefinerState = Any  # what a refiner carries from one slot to the next
+Cache = Any  # what a causal model keeps of the tokens it has seen; nobody else looks into it
+
+
+@no_type_check  # jax rebuilds pytrees around shapes, axes and None
+@flax.struct.dataclass
+class Caption:
+    """What a frozen text encoder makes of a text, one in each row.
+
+    Attributes:
+      embedding: Vectors of the words, padded in front to a fixed number.
+      valid: False at the padding.
+      given: False for a row that is to be drawn without its caption. It keeps the padding, which
+        the official code of LlamaGen hides from such a row too.
+    """
+
+    embedding: Float[Array | np.ndarray, "b prefix caption_width"]
+    valid: Bool[Array | np.ndarray, "b prefix"]
+    given: Bool[Array | np.ndarray, " b"]
+
+
+# A class id, `num_classes` meaning none; or a caption.
+Prompt = Int[Array | np.ndarray, " b"] | Caption
+
+
+def group_of(prompt: Prompt) -> Int[Array, " b"]:
+    """The class of each row, for what keeps to classes; rows with captions are of one class."""
+    if isinstance(prompt, Caption):
+        return jnp.zeros(prompt.given.shape, jnp.int32)
+    return jnp.asarray(prompt)
+
+
+def num_rows(prompt: Prompt) -> int:
+    """Rows that are asked for."""
+    return jax.tree.leaves(prompt)[0].shape[0]
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
 @flax.struct.dataclass
 class Batch:
-    """What the data pipeline yields; `label` is a class id, `num_classes` means no class."""
+    """What the data pipeline yields."""
 
     image: Float[Array, "b height width channels"]
-    label: Int[Array, " b"]
+    prompt: Prompt
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
@@ -35,6 +89,22 @@ class Tokens:
 
     latents: Float[Array, "b l c"] | None = None
     codes: Int[Array, "b l"] | None = None
+
+
+@no_type_check  # jax rebuilds pytrees around shapes, axes and None
+@flax.struct.dataclass
+class Token:
+    """Tokens as a causal model is fed them, n in a row, in the order they are visited.
+
+    Attributes:
+      codes: The window at each of them, codes in factors.
+      seen: Which entries of the window the model is shown; entry 0 always.
+      latents: Of the tokens themselves.
+    """
+
+    codes: Int[Array, "b n w factors"] | None = None
+    seen: Bool[Array, "b n w"] | None = None
+    latents: Float[Array, "b n c"] | None = None
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
@@ -50,7 +120,7 @@ class CodeLaw:
 class Tokenizer(Protocol):
     """Maps images to token grids and back.
 
-    `rng` is for tokenizers whose latents have a law given the image: without it they give its mode.
+    `rng` is for tokenizers whose latents are a draw given the image: without it they give the mode.
     `code_law` is None unless the tokenizer has codes and latents on one grid.
     """
 
@@ -65,8 +135,98 @@ class Tokenizer(Protocol):
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
+class CausalModel(Protocol):
+    """A Linen module that visits positions one after another, each told what came before it.
+
+    What sampling and training need of such a model, whatever its order, codes or prompts. Methods
+    from `prefix` on read parameters, so they are called by `apply`. A model with latents also has
+    `latent_cond` and `denoise`, as `models.joint.Joint`.
+
+    Attributes:
+      length: Positions.
+      window: Codes predicted at each of them; 1 is plain autoregression.
+      factor_sizes: Values of each factor of a code, in the order they are drawn; none in a model of
+        latents alone.
+      channels: Numbers in a latent; None in a model of codes alone.
+      unrolled: Whether its blocks are a Python loop rather than a scan.
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def factor_sizes(self) -> tuple[int, ...]: ...
+
+    @property
+    def channels(self) -> int | None: ...
+
+    @property
+    def unrolled(self) -> bool: ...
+
+    def no_prompt(self, num_rows: int) -> Prompt:
+        """Rows that ask for nothing."""
+        ...
+
+    def null(self, prompt: Prompt) -> Prompt:
+        """The prompts of the unconditional rows beside these."""
+        ...
+
+    def empty_cache(self, prompt: Prompt) -> Cache: ...
+
+    def prefix(
+        self, prompt: Prompt, at: Int[Array, "*b 1"]
+    ) -> tuple[Float[Array, "b p d"], Int[Array, "*b p"]]:
+        """What is fed before the tokens, and which position each condition is about.
+
+        `at` is the position visited first, which the last condition of the prefix is about; -1
+        marks conditions about none.
+        """
+        ...
+
+    def embed(self, token: Token, at: Int[Array, "*b n_plus_1"]) -> Float[Array, "b n d"]:
+        """Tokens as they are fed; `at` holds their positions and the one that is visited next."""
+        ...
+
+    def advance(
+        self,
+        x: Float[Array, "b n d"],
+        about: Int[Array, "*b n"],
+        prompt: Prompt,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "b n d"], Cache | None]:
+        """Conditions after what is fed and, before it, what the cache holds; and the cache."""
+        ...
+
+    def rows(self, cond: Float[Array, "*n d"], num_entries: int) -> Float[Array, "*n w d"]:
+        """From a condition, one row for each of the first entries of its window."""
+        ...
+
+    def factor_logits(
+        self, row: Float[Array, "*n d"], factors: Int[Array, "*n i"]
+    ) -> Float[Array, "*n v"]:
+        """Logits of the factor that follows the given ones, float32."""
+        ...
+
+    def all_factor_logits(
+        self, row: Float[Array, "*n d"], factors: Int[Array, "*n factors"]
+    ) -> list[Float[Array, "*n v"]]:
+        """Logits of every factor, each given the real ones before it."""
+        ...
+
+    def code_vectors(self, codes: Int[Array, "*n factors"]) -> Float[Array, "*n d"]:
+        """Embedded codes."""
+        ...
+
+    # Of every Linen module.
+    def apply(self, variables: Any, *args: Any, **options: Any) -> Any: ...
+
+
+@runtime_checkable  # annotations are checked at run time in the tests
 class Generator(Protocol):
-    """A trainable model of token grids given a class.
+    """A trainable model of token grids given a prompt.
 
     `step` is the number of updates tried so far, for what changes over training.
     """
@@ -77,7 +237,7 @@ class Generator(Protocol):
         self,
         params: Params,
         tokens: Tokens,
-        label: Int[Array, " b"],
+        prompt: Prompt,
         rng: Key[Array, ""],
         *,
         step: Int[Array, ""] | int = 0,

@@ -6,24 +6,20 @@ ar_xl_imagenet256; adaLN makes it larger, 1,069 M parameters.
 
 Paper:     DiT (Peebles and Xie, 2023) for the network; section 4 of the above for the comparison
 Recipe:    that of ar_xl_imagenet256: 400 epochs at 2,048 images, cosine noise, learned variance
-Command:   arcond train --config configs/cdm_xl_imagenet256.py --workdir runs/cdm_xl
+Command:   arcond train --config cdm_xl_imagenet256 --workdir runs/cdm_xl
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/kl16
 Hardware:  not yet run
 Score:     not yet run
 """
 
-import ml_collections
-
+from arcond_jax import build
+from arcond_jax.configs import imagenet
 from arcond_jax.models import dit
-from configs import imagenet
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant:
-        raise ValueError(f"cdm_xl_imagenet256 has no variants, so not {variant!r}")
-    config = imagenet.get_config()
+def get_config() -> build.Config:
+    config = imagenet.of_latents("dit")
     config.name = "cdm_xl_imagenet256"
-    config.backbone = "dit"
-    config.dit.update(**dit.SIZES["XL"], remat="full")
+    config.model.update(**dit.SIZES["XL"], remat="full")
     config.sampling.update(guidance_scale=1.5, guidance_schedule="constant")
     return config

@@ -3,7 +3,7 @@
 64 positions of one of 512 codes, which k-means finds among the patches; a code shows as its mean
 patch, so images are made of tiles. `data.directory` holds train/<class>/ and val/<class>/.
 
-Command:   arcond train --config configs/cifar10.py --workdir runs/cifar10
+Command:   arcond train --config cifar10 --workdir runs/cifar10
              --config.data.directory=CIFAR10
 Hardware:  2 CPU cores, 20 minutes
 Score:     cross-entropy of a code 3.50, from log 512 = 6.24. Of 1,000 samples: Frechet distance by
@@ -11,21 +11,16 @@ Score:     cross-entropy of a code 3.50, from log 512 = 6.24. Of 1,000 samples: 
              accuracy 0.31, where that classifier gets 0.47 on held-out images.
 """
 
-import ml_collections
-
-from configs import base
+from arcond_jax import build
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant:
-        raise ValueError(f"cifar10 has no variants, so not {variant!r}")
-    config = base.get_config()
+def get_config() -> build.Config:
+    config = build.config(model="llamagen", tokenizer="patches")
     config.name = "cifar10"
-    config.data.update(name="folder", image_size=32, num_channels=3, num_classes=10)
+    config.data.update(image_size=32, num_channels=3, num_classes=10)
     config.data.update(batch_size=64, random_flip=True)
     config.tokenizer.update(patch_size=4, num_codes=512)
-    config.gpt.update(depth=4, width=192, num_heads=6, dropout=0.1)
-    config.loss.update(w_diffusion=0.0, w_tensor=1.0, token_dropout=0.1)
+    config.model.update(depth=4, width=192, num_heads=6, dropout=0.1, token_dropout=0.1)
     config.training.update(
         num_train_steps=1200,
         num_warmup_steps=100,
@@ -36,5 +31,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         samples_every=500,
     )
     config.sampling.update(guidance_scale=1.5, top_k=100)
-    config.transport.kind = "none"
     return config

@@ -9,29 +9,33 @@ codes. Variants:
   base      codes only, window 1
   mar       latents only, masked: 8 decoding steps in random order
 
-Command:   arcond train --config configs/digits.py:joint --workdir runs/digits
+Command:   arcond train --config digits.py:joint --workdir runs/digits
 Hardware:  2 CPU cores
 Hours:     0.03
 Score:     what `arcond demo` prints
 """
 
-import ml_collections
+from arcond_jax import build
 
-from configs import base
+# Model, tokenizer and refinement; the joint model and "tensorar" have windows.
+VARIANTS = {
+    "joint": ("joint", "patches", "stored"),
+    "ar": ("ar", "pixels", "stored"),
+    "tensorar": ("llamagen", "patches", "stored"),
+    "base": ("llamagen", "patches", "stored"),
+    "mar": ("mar", "pixels", "bures"),
+}
 
-VARIANTS = ("joint", "ar", "tensorar", "base", "mar")
 
-
-def get_config(variant: str = "joint") -> ml_collections.ConfigDict:
+def get_config(variant: str = "joint") -> build.Config:
     if variant not in VARIANTS:
         raise ValueError(f"digits has no variant {variant!r}: choose one of {', '.join(VARIANTS)}")
-    config = base.get_config()
+    model, tokenizer, transport = VARIANTS[variant]
+    windows = variant in ("joint", "tensorar")
+    config = build.config(
+        model=model, tokenizer=tokenizer, data="digits", transport=transport, windows=windows
+    )
     config.name = f"digits_{variant}"
-
-    config.gpt.update(depth=4, width=64, num_heads=4, mlp_hidden=176)
-    config.diffusion_head.update(depth=3, width=96)
-    config.tensorar.update(window=4, depth=1)
-    config.loss.num_copies = 2
     config.training.update(
         num_train_steps=1200,
         num_warmup_steps=100,
@@ -40,27 +44,28 @@ def get_config(variant: str = "joint") -> ml_collections.ConfigDict:
         ema_decay=0.995,
         checkpoint_every=400,
     )
-    # One head evaluation from the code's Gaussian, noised to 0.4 of the process.
-    config.sampling.update(solver="ddim", num_head_evaluations=1, warm_start=0.4, clip_latents=2.0)
     if variant == "mar":
-        config.backbone = "mar"
-        config.mar.update(encoder_depth=2, encoder_width=64, encoder_num_heads=4, buffer_size=4)
-        config.mar.update(decoder_depth=2, decoder_width=64, decoder_num_heads=4)
+        sizes = dict(depth=2, width=64, num_heads=4)
+        config.model.update(
+            {f"{x}_{k}": v for x in ("encoder", "decoder") for k, v in sizes.items()}
+        )
         # MAR's 0.7 would never show more than 4 of the 16 tokens.
-        config.mar.update(mask_rate_min=0.05, attention_dropout=0.0, dropout=0.0)
-        config.transport.kind = "bures"
+        config.loss.mask_rate_min = 0.05
+        config.model.update(buffer_size=4, attention_dropout=0.0, dropout=0.0)
         config.training.num_train_steps = 2400
         config.sampling.num_ar_steps = 8
-    if variant in ("ar", "mar"):
-        config.loss.w_tensor = 0.0
-        config.tensorar.window = 1
-        config.sampling.solver = "ancestral"
-        config.sampling.num_head_evaluations = 25
-        config.sampling.warm_start = None
+    else:
+        config.model.update(depth=4, width=64, num_heads=4, mlp_hidden=176)
+    if windows:
+        config.tensorar.depth = 1
     if variant in ("tensorar", "base"):
-        config.loss.w_diffusion = 0.0
-        config.sampling.warm_start = None
+        config.loss.w_tensor = 0.3
         config.sampling.code_temperature = 0.7
-    if variant == "base":
-        config.tensorar.window = 1
+    else:
+        config.diffusion_head.update(depth=3, width=96)
+        config.loss.num_copies = 2
+        config.sampling.clip_latents = 2.0
+    if variant == "joint":
+        # One head evaluation from the code's Gaussian, noised to 0.4 of the process.
+        config.sampling.update(solver="ddim", num_head_evaluations=1, warm_start=0.4)
     return config

@@ -6,18 +6,15 @@ Recipe:    autoregressive/train/train_c2i.py of FoundationVision/LlamaGen: 300 e
            and branches, labels dropped 0.1. Departure: one centre crop and its mirror image in
            place of ten crops; the average of weights is kept, and is 0.9999
 Sampling:  guidance 1.65, temperature 1, no cuts
-Command:   arcond train --config configs/llamagen_3b_256.py --workdir runs/llamagen_3b_256
+Command:   arcond train --config llamagen_3b_256 --workdir runs/llamagen_3b_256
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/vq16
 Hardware:  not yet run
 Score:     not yet run; no weights were released at this size
 """
 
-import ml_collections
+from arcond_jax import build
+from arcond_jax.configs import llamagen_b_256
 
-from configs import llamagen_b_256
 
-
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant:
-        raise ValueError(f"llamagen_3b_256 has no variants, so not {variant!r}")
+def get_config() -> build.Config:
     return llamagen_b_256.sized("llamagen_3b_256", "3B", guidance_scale=1.65)

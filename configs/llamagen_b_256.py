@@ -6,32 +6,26 @@ Recipe:    autoregressive/train/train_c2i.py of FoundationVision/LlamaGen: 300 e
            and branches, labels dropped 0.1. Departure: one centre crop and its mirror image in
            place of ten crops; the average of weights is kept, and is 0.9999
 Sampling:  guidance 2, temperature 1, no cuts
-Command:   arcond train --config configs/llamagen_b_256.py --workdir runs/llamagen_b_256
+Command:   arcond train --config llamagen_b_256 --workdir runs/llamagen_b_256
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/vq16
 Hardware:  not yet run
 Score:     not yet run; official weights in the official code: FID 5.46
 """
 
-import ml_collections
-
+from arcond_jax import build
+from arcond_jax.configs import imagenet
 from arcond_jax.models import gpt
-from configs import imagenet
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant:
-        raise ValueError(f"llamagen_b_256 has no variants, so not {variant!r}")
+def get_config() -> build.Config:
     return sized("llamagen_b_256", "B", guidance_scale=2.0)
 
 
-def sized(
-    name: str, size: str, *, guidance_scale: float, image_size: int = 256
-) -> ml_collections.ConfigDict:
+def sized(name: str, size: str, *, guidance_scale: float, image_size: int = 256) -> build.Config:
     """The recipe for one of the published sizes."""
-    config = imagenet.of_codes("vq", batch_size=256, image_size=image_size)
+    config = imagenet.of_codes("llamagen", "vq", batch_size=256, image_size=image_size)
     config.name = name
-    config.gpt.update(**gpt.SIZES[size], dropout=0.1, remat="full")
-    config.loss.token_dropout = 0.1
+    config.model.update(**gpt.SIZES[size], dropout=0.1, token_dropout=0.1, remat="full")
     config.training.update(
         num_train_steps=300 * (imagenet.NUM_IMAGES // 256),
         num_warmup_steps=0,

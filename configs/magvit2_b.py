@@ -6,23 +6,20 @@ Recipe:    configs/Open-MAGVIT2/gpu/imagenet_conditional_llama_B.yaml of Tencent
            line to a tenth, weight decay 0.05, clipping at 1, dropout 0.1 of tokens and branches.
            Departures: constant weight decay (there it falls to 0), an average of weights (0.9999)
 Sampling:  guidance 1.9 for the first factor and 2 for the second, temperatures 1 and 1
-Command:   arcond train --config configs/magvit2_b.py --workdir runs/magvit2_b
+Command:   arcond train --config magvit2_b --workdir runs/magvit2_b
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/lfq256
 Hardware:  not yet run
 Score:     not yet run; official weights in the official code: FID 3.08
 """
 
-import ml_collections
-
+from arcond_jax import build
+from arcond_jax.configs import imagenet
 from arcond_jax.models import magvit2
-from configs import imagenet
 
 STEPS_PER_EPOCH = imagenet.NUM_IMAGES // 768
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant:
-        raise ValueError(f"magvit2_b has no variants, so not {variant!r}")
+def get_config() -> build.Config:
     return sized(
         "magvit2_b",
         "B",
@@ -41,14 +38,11 @@ def sized(
     temperatures: tuple[float, float],
     num_epochs: int,
     learning_rate: float,
-) -> ml_collections.ConfigDict:
+) -> build.Config:
     """The recipe for one of the published sizes."""
-    config = imagenet.of_codes("lfq", batch_size=768)
+    config = imagenet.of_codes("magvit2", "lfq", batch_size=768)
     config.name = name
-    config.backbone = "magvit2"
-    sizes = dict(magvit2.SIZES[size])
-    config.magvit2.intra_depth = sizes.pop("intra_depth")
-    config.gpt.update(**sizes, dropout=0.1, remat="full")
+    config.model.update(**magvit2.SIZES[size], dropout=0.1, remat="full")
     config.training.update(
         num_train_steps=num_epochs * STEPS_PER_EPOCH,
         num_warmup_steps=6 * STEPS_PER_EPOCH,

@@ -6,20 +6,17 @@ Recipe:    configs/Open-MAGVIT2/gpu/imagenet_conditional_llama_XL.yaml of Tencen
            line to a tenth, weight decay 0.05, clipping at 1, dropout 0.1 of tokens and branches.
            Departures: constant weight decay (there it falls to 0), an average of weights (0.9999)
 Sampling:  guidance 1.75 for the first factor and 1.85 for the second, temperatures 1.1 and 1
-Command:   arcond train --config configs/magvit2_xl.py --workdir runs/magvit2_xl
+Command:   arcond train --config magvit2_xl --workdir runs/magvit2_xl
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/lfq256
 Hardware:  not yet run
 Score:     not yet run; official weights in the official code: FID 2.33
 """
 
-import ml_collections
+from arcond_jax import build
+from arcond_jax.configs import magvit2_b
 
-from configs import magvit2_b
 
-
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant:
-        raise ValueError(f"magvit2_xl has no variants, so not {variant!r}")
+def get_config() -> build.Config:
     return magvit2_b.sized(
         "magvit2_xl",
         "XL",

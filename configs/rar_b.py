@@ -6,33 +6,29 @@ Recipe:    configs/training/generator/rar.yaml of bytedance/1d-tokenizer: 400 ep
            weight decay 0.03, clipping at 1, dropout 0.1, no average; all orders random until epoch
            200, none from epoch 300 on
 Sampling:  guidance to 16 along a cosine of power 2.75, temperature 1, no cuts
-Command:   arcond train --config configs/rar_b.py --workdir runs/rar_b
+Command:   arcond train --config rar_b --workdir runs/rar_b
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/maskgit_vq
 Hardware:  not yet run
 Score:     not yet run; official weights in the official code: FID 1.95
 """
 
-import ml_collections
-
+from arcond_jax import build
+from arcond_jax.configs import imagenet
 from arcond_jax.models import rar
-from configs import imagenet
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant:
-        raise ValueError(f"rar_b has no variants, so not {variant!r}")
+def get_config() -> build.Config:
     return sized("rar_b", "B", guidance_scale=16.0, guidance_power=2.75, temperature=1.0)
 
 
 def sized(
     name: str, size: str, *, guidance_scale: float, guidance_power: float, temperature: float
-) -> ml_collections.ConfigDict:
+) -> build.Config:
     """The recipe for one of the published sizes."""
-    config = imagenet.of_codes("maskgit_vq", batch_size=2048)
+    config = imagenet.of_codes("rar", "maskgit_vq", batch_size=2048)
     config.name = name
-    config.backbone = "rar"
-    config.rar.update(**rar.SIZES[size], remat="full")
-    config.rar.update(shuffle_start=125_000, shuffle_stop=187_500)
+    config.model.update(**rar.SIZES[size], remat="full")
+    config.loss.update(shuffle_start=125_000, shuffle_stop=187_500)
     config.training.update(
         num_train_steps=250_000,
         num_warmup_steps=62_500,

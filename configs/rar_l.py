@@ -6,18 +6,15 @@ Recipe:    configs/training/generator/rar.yaml of bytedance/1d-tokenizer: 400 ep
            weight decay 0.03, clipping at 1, dropout 0.1, no average; all orders random until epoch
            200, none from epoch 300 on
 Sampling:  guidance to 15.5 along a cosine of power 2.5, temperature 1.02, no cuts
-Command:   arcond train --config configs/rar_l.py --workdir runs/rar_l
+Command:   arcond train --config rar_l --workdir runs/rar_l
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/maskgit_vq
 Hardware:  not yet run
 Score:     not yet run; official weights in the official code: FID 1.70
 """
 
-import ml_collections
+from arcond_jax import build
+from arcond_jax.configs import rar_b
 
-from configs import rar_b
 
-
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant:
-        raise ValueError(f"rar_l has no variants, so not {variant!r}")
+def get_config() -> build.Config:
     return rar_b.sized("rar_l", "L", guidance_scale=15.5, guidance_power=2.5, temperature=1.02)

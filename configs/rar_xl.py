@@ -6,18 +6,15 @@ Recipe:    configs/training/generator/rar.yaml of bytedance/1d-tokenizer: 400 ep
            weight decay 0.03, clipping at 1, dropout 0.1, no average; all orders random until epoch
            200, none from epoch 300 on
 Sampling:  guidance to 6.9 along a cosine of power 1.5, temperature 1.02, no cuts
-Command:   arcond train --config configs/rar_xl.py --workdir runs/rar_xl
+Command:   arcond train --config rar_xl --workdir runs/rar_xl
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/maskgit_vq
 Hardware:  not yet run
 Score:     not yet run; official weights in the official code: FID 1.50
 """
 
-import ml_collections
+from arcond_jax import build
+from arcond_jax.configs import rar_b
 
-from configs import rar_b
 
-
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant:
-        raise ValueError(f"rar_xl has no variants, so not {variant!r}")
+def get_config() -> build.Config:
     return rar_b.sized("rar_xl", "XL", guidance_scale=6.9, guidance_power=1.5, temperature=1.02)

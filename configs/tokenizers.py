@@ -9,28 +9,27 @@ Variants:
   lfq128      of Open-MAGVIT2, 2^18 codes for 8x8 pixels, trained at 128 pixels
 """
 
-import ml_collections
-
+from arcond_jax import build
+from arcond_jax.configs import imagenet
 from arcond_jax.tokenizers import lfq, vq
-from configs import imagenet
 
 VARIANTS = ("kl16", "vq16", "vq8", "maskgit_vq", "lfq256", "lfq128")
 
 
-def get_config(variant: str = "kl16") -> ml_collections.ConfigDict:
+def get_config(variant: str = "kl16") -> build.Config:
     if variant not in VARIANTS:
         raise ValueError(f"tokenizers has no variant {variant!r}: choose of {', '.join(VARIANTS)}")
     if variant == "kl16":
-        config = imagenet.get_config()
+        config = imagenet.of_latents("ar")
     elif variant == "maskgit_vq":
-        config = imagenet.of_codes("maskgit_vq", batch_size=2048)
+        config = imagenet.of_codes("llamagen", "maskgit_vq", batch_size=2048)
     elif variant.startswith("vq"):
-        config = imagenet.of_codes("vq", batch_size=2048)
-        config.vq.update(vq.SIZES[f"VQ-{variant.removeprefix('vq')}"])
+        config = imagenet.of_codes("llamagen", "vq", batch_size=2048)
+        config.tokenizer.update(vq.SIZES[f"VQ-{variant.removeprefix('vq')}"])
     else:
         size = variant.removeprefix("lfq")
-        config = imagenet.of_codes("lfq", batch_size=2048, image_size=int(size))
-        config.lfq.update(lfq.SIZES[size])
+        config = imagenet.of_codes("llamagen", "lfq", batch_size=2048, image_size=int(size))
+        config.tokenizer.update(lfq.SIZES[size])
     config.name = f"tokenizers_{variant}"
     config.training.dtype = "float32"
     return config

@@ -9,12 +9,14 @@ import pathlib
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 import tiny
 
 from arcond_jax import build
 from arcond_jax import config as config_lib
-from arcond_jax.sampling import causal, stride
+from arcond_jax.build import checking, data, defaults, family, models, saved, tokens, transport
+from arcond_jax.sampling import raster, stride
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
 VARIANTS = ("joint", "ar", "tensorar", "base")
@@ -57,13 +59,14 @@ CONFIGS = (
     *(f"digits:{variant}" for variant in (*VARIANTS, "mar")),
     "cifar10",
     *IMAGENET,
+    "ar_xl_imagenet256:refined",
     *OF_CODES,
     *TOKENIZERS,
 )
 
 
 def dump(name):
-    return json.dumps(build.load_config(name).to_dict(), indent=2) + "\n"
+    return json.dumps(saved.dump(build.load_config(name)), indent=2) + "\n"
 
 
 def golden_path(name):
@@ -79,7 +82,8 @@ def test_configs_are_the_golden_ones(name):
 
 def tokenizer_count(config, known={}):  # noqa: B006
     """Parameters of the tokenizer, counted once for all configs that have the same."""
-    key = (build.tokenizer_network(config), build.image_shape(config), config.tokenizer.patch_size)
+    patch_size = config.tokenizer.get("patch_size")
+    key = (build.tokenizer_network(config), build.image_shape(config), patch_size)
     if key not in known:
         tokenizer = build.abstract_tokenizer(config)
         known[key] = sum(x.size for x in jax.tree.leaves(tokenizer))
@@ -94,7 +98,9 @@ def test_full_sizes_are_built(name, count):
     assert sum(x.size for x in jax.tree.leaves(params)) == count
     assert build.empty_bank(config) is None
     assert build.grid(config) == ((32, 32) if "512" in name else (16, 16))
-    assert build.sampler(config).solver.num_evaluations == 100
+    loop = build.sampler(config)
+    solver = loop.heads[-1].solver if isinstance(loop, raster.Raster) else loop.solver
+    assert solver.num_evaluations == 100
     assert tokenizer_count(config) == 66_456_019  # the official count
 
 
@@ -106,24 +112,20 @@ def test_full_sizes_of_models_of_codes_are_built(name):
     count = sum(x.size for x in jax.tree.leaves(params))
     assert (count, tokenizer_count(config)) == OF_CODES[name]
     assert build.grid(config) == 2 * (config.data.image_size // 16,)
-    assert build.sampler(config).guided
+    assert build.sampler(config).guidance.on
 
 
-def test_models_of_captions_are_not_trained():
-    config = build.load_config("llamagen_t2i_xl_256")
-    for build_it in (build.generator, build.abstract_state):
-        with pytest.raises(build.ConfigError, match="backbone captioned has no training: conv"):
-            build_it(config)
-    with pytest.raises(build.ConfigError, match=r"transport\.kind bures needs images of each cla"):
-        build.load_config("llamagen_t2i_xl_256", ["transport.kind=bures"])
+@pytest.mark.parametrize("name", ["llamagen_t2i_xl_256", "cdm_xl_imagenet256"])
+def test_what_has_no_conditions_of_classes_is_not_refined(name):
+    with pytest.raises(build.ConfigError, match=r"transport\.kind bures needs a condition for"):
+        build.load_config(name, ["transport.kind=bures"])
 
 
 def test_the_bank_of_a_thousand_classes_is_one_of_residuals():
-    name, overrides = "ar_xl_imagenet256", ["transport.grouping=class", "transport.num_atoms=1024"]
-    config = build.load_config(name, [*overrides, "transport.kind=stored"])
+    config = build.load_config("ar_xl_imagenet256:refined", ["transport.kind=stored"])
     with pytest.raises(build.ConfigError, match=r"would keep 1,250 GiB of conditions, for 256"):
         build.empty_bank(config)
-    config = build.load_config(name, [*overrides, "transport.kind=residual"])
+    config = build.load_config("ar_xl_imagenet256:refined")
     bank = jax.eval_shape(lambda: build.empty_bank(config))
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(bank)) < 2**28
 
@@ -134,18 +136,20 @@ def test_the_default_variant_is_joint():
 
 def test_a_config_survives_json():
     config = tiny.config("joint", "sampling.warm_start=None", "mesh.data=2")
-    saved = json.loads(json.dumps(config.to_dict()))
-    assert config_lib.flat(config_lib.from_dict(saved)) == config_lib.flat(config)
+    again = saved.load(json.loads(json.dumps(saved.dump(config))))
+    assert config_lib.flat(again) == config_lib.flat(config)
 
 
-def test_a_config_of_an_older_version_gets_the_defaults_of_new_keys():
+def test_a_config_saved_before_a_key_existed_has_its_default():
     config = tiny.config("joint")
-    saved = json.loads(json.dumps(config.to_dict()))
-    del saved["sampling"]["min_p"], saved["rar"]
-    assert config_lib.flat(config_lib.from_dict(saved)) == config_lib.flat(config)
-    saved["gpt"]["dept"] = 2
-    with pytest.raises(build.ConfigError, match=r"is of another version: it has gpt\.dept"):
-        config_lib.from_dict(saved)
+    values = json.loads(json.dumps(saved.dump(config)))
+    del values["sampling"]["min_p"], values["mesh"]
+    assert config_lib.flat(saved.load(values)) == config_lib.flat(config)
+    values["model"]["dept"] = 2
+    with pytest.raises(build.ConfigError, match=r"is of another version: it has model\.dept"):
+        saved.load(values)
+    with pytest.raises(build.ConfigError, match="of version 99, this library knows up to 2"):
+        saved.load({"version": 99})
 
 
 def test_overrides():
@@ -153,54 +157,80 @@ def test_overrides():
         "digits:ar",
         [
             "training.learning_rate=1",  # an integer will do for a float
-            "gpt.mlp_hidden=None",  # a placeholder may be None
-            "sampling.top_k=5",  # and hold what it was made for
+            "model.mlp_hidden=None",  # what is optional may be None
+            "training.clip_norm=None",
+            "sampling.clip_latents=5",  # and hold what it was made for
             "sampling.solver=ddim",  # a bare word is a string
-            "gpt.qk_norm=True",
+            "model.qk_norm=True",
+            "transport.kind=bures",  # this changes what its section holds
+            "transport.num_sources=7",
+            "seed=3",
         ],
     )
-    assert (config.training.learning_rate, config.gpt.mlp_hidden) == (1.0, None)
+    assert (config.training.learning_rate, config.model.mlp_hidden) == (1.0, None)
     assert type(config.training.learning_rate) is float
-    assert (config.sampling.top_k, config.sampling.solver) == (5, "ddim")
-    assert config.gpt.qk_norm is True
+    assert (config.sampling.clip_latents, config.sampling.solver) == (5.0, "ddim")
+    assert config.training.clip_norm is None and config.model.qk_norm is True
+    assert "epsilon" not in config.transport and config.transport.num_sources == 7
+    assert config.seed == 3
+
+
+def test_changing_the_refinement_keeps_what_both_kinds_have():
+    config = build.load_config("digits:ar", ["transport.num_atoms=9", "transport.epsilon=0.2"])
+    config = build.changed(config, {"transport.kind": "residual"})
+    assert (config.transport.num_atoms, config.transport.epsilon) == (9, 0.2)
+    assert config.transport.num_directions == 64
+    config = build.changed(config, {"transport.kind": "none"})
+    assert config.transport.to_dict() == {"kind": "none"}
 
 
 WRONG_OVERRIDES = {
-    "gpt.dept=3": r"unknown config key gpt\.dept: did you mean gpt\.depth\?",
-    "qqqqqq=3": r"unknown config key qqqqqq: sections are backbone, captioned, data, diffusion",
-    "gpt=3": r"config key gpt wants ConfigDict, not '3'",
-    "gpt.depth.more=3": r"unknown config key gpt\.depth\.more: did you mean gpt\.depth\?",
-    "gpt.depth=three": r"config key gpt\.depth wants int, not 'three'",
-    "gpt.depth=3.0": r"config key gpt\.depth wants int, not '3\.0'",
-    "gpt.depth=True": r"config key gpt\.depth wants int, not 'True'",
-    "gpt.depth=None": r"config key gpt\.depth wants int, not 'None'",
-    "gpt.depth": r"config key gpt\.depth wants int, not ''",
-    "gpt.qk_norm=1": r"config key gpt\.qk_norm wants bool, not '1'",
+    "model.dept=3": r"unknown config key model\.dept: did you mean model\.depth\?",
+    "qqqqqq=3": r"unknown config key qqqqqq: sections are data, diffusion_head, loss, mesh, model",
+    "model=3": r"unknown config key model: did you mean ",
+    "model.depth.more=3": r"unknown config key model\.depth\.more: did you mean model\.depth\?",
+    "model.depth=three": r"config key model\.depth wants int, not 'three'",
+    "model.depth=3.0": r"config key model\.depth wants int, not '3\.0'",
+    "model.depth=True": r"config key model\.depth wants int, not 'True'",
+    "model.depth=None": r"config key model\.depth wants int, not 'None'",
+    "model.depth": r"config key model\.depth wants int, not ''",
+    "model.qk_norm=1": r"config key model\.qk_norm wants bool, not '1'",
     "sampling.top_k=0.5": r"config key sampling\.top_k wants int or None, not '0\.5'",
+    "model.name=rar": r"config key model\.name cannot be changed: it decides what else there is",
+    "tokenizer.name=vq": r"config key tokenizer\.name cannot be changed",
     "data.name=imagenet": r"data\.name 'imagenet' is not one of digits, folder",
-    "tokenizer.name=vae": r"tokenizer\.name 'vae' is not one of patches",
-    "tokenizer.name=vq": r"data\.image_size 8 is not divisible by 16, the edge of a token",
-    "backbone=rar": r"loss\.w_diffusion 1\.0 needs latents, which backbone rar on tok",
     "training.dtype=float16": r"training\.dtype 'float16' is not one of float32, bfloat16",
     "transport.kind=exact": r"transport\.kind 'exact' is not one of none, stored, bures, residual",
-    "gpt.remat=some": r"gpt\.remat 'some' is not one of none, full, dots",
+    "transport.num_directions=3": r"it goes with transport\.kind residual, and this config has mod",
+    "rar.width=100": r"unknown config key rar\.width: ",
+    "model.mask_rate_min=0.5": r"unknown config key model\.mask_rate_min: ",
+    "loss.mask_rate_min=0.5": r"it goes with model mar, and this config has model joint",
+    "model.remat=some": r"model\.remat 'some' is not one of none, full, dots",
     "data.batch_size=0": r"data\.batch_size 0 must be at least 1",
-    "gpt.depth=0": r"gpt\.depth 0 must be at least 1",
-    "gpt.num_heads=3": r"gpt\.width 64 is not divisible by gpt\.num_heads 3",
-    "tensorar.window=0": r"tensorar\.window 0 must be from 1 to the 16 positions",
+    "model.depth=0": r"model\.depth 0 must be at least 1",
+    "model.num_heads=3": r"model\.width 64 is not divisible by model\.num_heads 3",
+    "model.dropout=1.0": r"model\.dropout 1\.0 must be at least 0 and below 1",
+    "tensorar.window=0": r"tensorar\.window 0 must be at least 1",
     "tensorar.window=17": r"tensorar\.window 17 must be from 1 to the 16 positions",
     "tensorar.drafts=some": r"drafts 'some' is not one of masked, noised, random",
     "tensorar.noise_schedule=up": r"noise_schedule 'up' is not one of",
-    "loss.w_tensor=-1": r"loss\.w_diffusion 1\.0 and loss\.w_tensor -1\.0 must not be negative",
+    "loss.w_tensor=-1": r"loss\.w_tensor -1\.0 must be at least 0",
     "training.num_accumulations=3": r"training\.num_accumulations 3 does not divide data\.batch",
     "training.decay=square": r"decay 'square' is not one of constant, linear, cosine",
     "training.num_warmup_steps=2000": r"num_warmup_steps 2000 is more than num_train_steps 1200",
-    "sampling.solver=heun": r"unknown solver 'heun': choose one of ancestral, ddim",
-    "sampling.code_temperature=0": r"code_temperature 0\.0 must be positive",
+    "training.learning_rate=nan": r"config key training\.learning_rate wants float, not 'nan'",
+    "training.learning_rate=1e999": r"training\.learning_rate inf must be above 0",
+    "training.b1=1": r"training\.b1 1\.0 must be at least 0 and below 1",
+    "sampling.solver=heun": r"sampling\.solver 'heun' is not one of ancestral, ddim",
+    "sampling.latent_temperature=0.9": r"latent_temperature 0\.9 does nothing while sampling\.sol",
+    "tensorar.noise=codebook": r"tensorar\.noise 'codebook' does nothing while tensorar\.drafts is",
+    "sampling.code_temperature=0": r"code_temperature 0\.0 must be above 0",
+    "sampling.guidance_power=2": r"guidance_power 2\.0 and guidance_schedule 'constant': power_co",
+    "sampling.guidance_schedule=power_cosine": r"guidance_power None and guidance_schedule 'power",
     "sampling.drafts=on": r"drafts 'on' is not one of off, draw, feed",
-    "rar.num_heads=5": r"rar\.width 768 is not divisible by rar\.num_heads 5",
-    "transport.epsilon=0": r"epsilon is 0\.0; set it to a finite number > 0",
+    "transport.epsilon=0": r"transport\.epsilon 0\.0 must be above 0",
     "transport.grouping=row": r"transport\.grouping 'row' is not one of class, shared",
+    "seed=-1": r"seed -1 must be a whole number, at least 0",
 }
 
 
@@ -214,8 +244,10 @@ def test_wrong_overrides_end_in_one_line(override):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nothing", r"no config file nothing: the library comes with ar_xl"),
-        ("configs/nothing.py:joint", r"no config file configs/nothing\.py: the library comes"),
+        ("nothing", r"no config file nothing: give one, or the name of one that comes with the"),
+        ("configs/nothing.py:joint", r"no config file configs/nothing\.py: give one, or the"),
+        ("my/digits.py:base", r"no config file my/digits\.py: give one, or the name of one that"),
+        ("cifar10:big", r"cifar10 has no variants, so not 'big'"),
         ("digits:big", r"digits: digits has no variant 'big': choose one of joint, ar, tensorar"),
     ],
 )
@@ -226,16 +258,70 @@ def test_missing_configs_end_in_one_line(path, message):
 
 
 def test_config_files_may_be_anywhere(tmp_path):
-    path = tmp_path / "configs" / "mine.py"
-    path.parent.mkdir()
+    path = tmp_path / "mine.py"
     path.write_text(
-        "from configs import base\n"
+        "from arcond_jax.configs import digits\n"
         "def get_config():\n"
-        "    config = base.get_config()\n"
+        "    config = digits.get_config('base')\n"
         "    config.name = 'mine'\n"
         "    return config\n"
     )
     assert build.load_config(str(path)).name == "mine"
+
+
+def test_config_files_with_foreign_settings_are_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    for line, message in {
+        "config.gpt = {'depth': 3}": r"unknown config key gpt\.depth: ",
+        "config.sampling.drafts = 'feed'": r"sampling\.drafts: it goes with configs of windows",
+        "del config.training.b1": r"the config lacks training\.b1",
+        "del config.transport": r"the config lacks transport\.kind",
+        "config.training.b1 = 1.5": r"training\.b1 1\.5 must be at least 0 and below 1",
+    }.items():
+        path.write_text(
+            "from arcond_jax.configs import digits\n"
+            f"def get_config():\n    config = digits.get_config('base')\n    {line}\n"
+            "    return config\n"
+        )
+        with pytest.raises(build.ConfigError, match=message):
+            build.load_config(str(path))
+
+
+def test_nothing_is_run_but_the_file_that_is_named(tmp_path, monkeypatch):
+    """Names are the package's own, whatever lies in the folder one is in."""
+    for place in (tmp_path, tmp_path / "configs"):
+        place.mkdir(exist_ok=True)
+        for name in ("base", "digits", "imagenet"):
+            (place / f"{name}.py").write_text("raise SystemExit('this was run')\n")
+    monkeypatch.chdir(tmp_path)
+    config = build.load_config("digits:base")
+    assert config_lib.flat(saved.load(saved.dump(config))) == config_lib.flat(config)
+
+
+def all_keys():
+    """Every key that any choice of model, tokenizer, data or refinement brings, and windows."""
+    keys = {f"tensorar.{x}" for x in family.TENSORAR}
+    keys |= {f"sampling.{x}" for x in family.DRAFTS | family.STRIDE}
+    for section, records in (
+        ("tokenizer", tokens.TOKENIZERS),
+        ("data", data.DATA),
+        ("transport", transport.KINDS),
+    ):
+        keys |= {f"{section}.{x}" for record in records.values() for x in record.section}
+    for record in models.FAMILIES.values():
+        keys |= {f"{section}.{x}" for section, named in record.sections.items() for x in named}
+    return keys
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_foreign_keys_are_refused_by_name(name):
+    config = build.load_config(name)
+    foreign = sorted(all_keys() - config_lib.flat(config).keys())
+    assert len(foreign) > 20
+    settings = defaults.sections(**defaults.choices_of(config))
+    for key in foreign:
+        with pytest.raises(build.ConfigError, match=f"unknown config key {key}: it goes with "):
+            checking.key_of(config, key, settings)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -246,6 +332,16 @@ def test_a_variant_has_only_the_parts_it_trains(variant):
     assert ("code_embed" in params, "code_head" in params) == (has_codes, has_codes)
     assert ("code_cond" in params) == (variant == "joint")
     assert ("window_decoder" in params) == (variant in ("joint", "tensorar"))
+
+
+def test_parameter_counts_of_windows():
+    """Both published versions around LlamaGen-B: 139.2 and 115.6 million."""
+    config = build.load_config("llamagen_b_256")
+    for depth, mlp_ratio, count in ((2, 4, 139.2e6), (1, 0, 115.6e6)):
+        values = saved.dump(config) | {"tensorar": dict(depth=depth, mlp_ratio=mlp_ratio)}
+        windowed = saved.load(values)
+        params = nn.unbox(build.abstract_params(windowed))
+        assert abs(sum(x.size for x in jax.tree.leaves(params)) - count) < 0.1e6
 
 
 def test_bank_and_tokenizer_have_the_shapes_of_the_config():
@@ -261,23 +357,24 @@ def test_bank_and_tokenizer_have_the_shapes_of_the_config():
 
 
 def test_the_noise_of_a_codebook_needs_the_fitted_tokenizer():
-    config = tiny.config("joint", "tensorar.noise=codebook")
-    assert build.abstract_state(config).params  # shapes do not
+    config = tiny.config("joint", "tensorar.drafts=noised", "tensorar.noise=codebook")
     fitted = build.tokenizer(config)
-    assert build.generator(config, fitted).codebook.shape == (8, 4)
-    with pytest.raises(ValueError, match="needs the tokenizer's codebook"):
-        build.generator(config)
+    codebook = build.generator(config, fitted).drafts.codebook
+    assert codebook.shape == (8, 4)
+    np.testing.assert_allclose(codebook.mean(axis=0), 0.0, atol=1e-6)
 
 
 def test_sampling_loops():
-    config = tiny.config()
-    loop = build.sampler(config)
-    assert isinstance(loop, causal.CausalSampler) and loop.warm
-    assert loop.solver.num_evaluations == 1
-    assert build.sampler(tiny.config("base")).solver is None
+    loop = build.sampler(tiny.config())
+    codes, latents = loop.heads
+    assert isinstance(loop, raster.Raster) and latents.warm
+    assert latents.solver.num_evaluations == 1 and codes.drafts == "off"
+    assert len(build.sampler(tiny.config("base")).heads) == 1
     assert isinstance(
         build.sampler(tiny.config("tensorar", "sampling.stride=2")), stride.StrideSampler
     )
+    with pytest.raises(build.ConfigError, match="model joint draws every token: only mar can"):
+        build.sampler(tiny.config(), num_known=3)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,8 @@ import numpy as np
 from arcond_jax import build, types
 
 OVERRIDES = (
-    "gpt.depth=1",
-    "gpt.width=16",
-    "gpt.num_heads=2",
-    "gpt.mlp_hidden=32",
-    "diffusion_head.depth=1",
-    "diffusion_head.width=16",
-    "tokenizer.num_codes=8",
-    "loss.num_copies=1",
     "data.batch_size=16",
+    "loss.num_copies=1",
     "training.num_train_steps=6",
     "training.num_warmup_steps=2",
     "training.learning_rate=1e-2",
@@ -27,11 +20,28 @@ OVERRIDES = (
     "transport.num_atoms=32",
     "transport.num_sources=8",
 )
+BACKBONE = ("model.depth=1", "model.width=16", "model.num_heads=2", "model.mlp_hidden=32")
+HEAD = ("diffusion_head.depth=1", "diffusion_head.width=16")
+MAR = (
+    "model.encoder_depth=1",
+    "model.encoder_width=16",
+    "model.encoder_num_heads=2",
+    "model.decoder_depth=2",
+    "model.decoder_width=16",
+    "model.decoder_num_heads=2",
+)
 
 
 def overrides(variant: str = "joint") -> tuple[str, ...]:
-    window = 2 if variant in ("joint", "tensorar") else 1
-    return (*OVERRIDES, f"tensorar.window={window}")
+    """What makes a variant of `digits` small."""
+    chosen = OVERRIDES + (MAR if variant == "mar" else BACKBONE)
+    if variant in ("joint", "ar", "mar"):
+        chosen += HEAD
+    else:
+        chosen = tuple(x for x in chosen if not x.startswith("loss."))
+    if variant not in ("ar", "mar"):
+        chosen += ("tokenizer.num_codes=8",)
+    return chosen + (("tensorar.window=2",) if variant in ("joint", "tensorar") else ())
 
 
 def config(variant: str = "joint", *more: str) -> build.Config:
@@ -41,7 +51,7 @@ def config(variant: str = "joint", *more: str) -> build.Config:
 def batch(tiny: build.Config) -> types.Batch:
     """The first images of the training split."""
     split, size = build.source(tiny, "train"), tiny.data.batch_size
-    return types.Batch(image=split.image[:size], label=split.label[:size])
+    return types.Batch(image=split.image[:size], prompt=split.label[:size])
 
 
 def random_params(shapes: types.Params, scale: float = 0.2) -> types.Params:

@@ -16,10 +16,11 @@ import numpy as np
 import tqdm
 from jaxtyping import Float, Int, UInt8
 
-from arcond_jax import build, run, types
+from arcond_jax import build, types
 from arcond_jax import config as config_lib
 from arcond_jax.data import images
 from arcond_jax.evaluation import card, paired
+from arcond_jax.run import drawing, evaluating, refinement, restoring
 from arcond_jax.transport import drift
 
 METRICS = (
@@ -54,9 +55,8 @@ def settings(config: build.Config, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
       build.ConfigError: An unknown key or a value that cannot be used.
     """
-    changed = build.with_overrides(config.copy_and_resolve_references(), overrides)
-    values = config_lib.flat(changed)
-    return {name: values[name] for name in (text.partition("=")[0] for text in overrides)}
+    build.with_overrides(config, overrides)
+    return dict(config_lib.parse(text) for text in overrides)
 
 
 @dataclasses.dataclass
@@ -84,12 +84,12 @@ class Measured:
         """One value per seed: of a metric of the card, or of "drift", its mean over slots."""
         if metric == "drift":
             return [float(np.mean(one)) for one in self.drift]
-        return [getattr(one, metric) for one in self.cards]
+        return [one.measurements[metric] for one in self.cards]
 
 
 def compare(
     systems: Sequence[System],
-    models: Mapping[str, run.Trained],
+    models: Mapping[str, restoring.Trained],
     *,
     reference: card.Reference,
     label: Int[np.ndarray, " n"],
@@ -101,7 +101,7 @@ def compare(
         prepared = list(
             pool.map(lambda system: _Prepared(system, models[system.model], label), systems)
         )
-    ideal = {name: run.conditions(trained, "held_out") for name, trained in models.items()}
+    ideal = {name: refinement.conditions(trained, "held_out") for name, trained in models.items()}
     progress = tqdm.tqdm(
         total=len(seeds) * len(systems), desc="sampling", unit="set", mininterval=1.0
     )
@@ -116,14 +116,14 @@ def compare(
 class _Prepared:
     """A system with its refiner calibrated and its loop compiled."""
 
-    def __init__(self, system: System, trained: run.Trained, label: Int[np.ndarray, " n"]) -> None:
+    def __init__(
+        self, system: System, trained: restoring.Trained, label: Int[np.ndarray, " n"]
+    ) -> None:
         self.system = system
-        config = trained.config.copy_and_resolve_references()
-        config.update_from_flattened_dict(dict(system.settings))
-        build.check(config)
+        config = build.changed(trained.config, system.settings)
         self._trained, self._config, self._label = trained, config, label
-        self._refiner = run.calibrate(trained, config)
-        self._drawer = run.Drawer(trained, config, trace=True)
+        self._refiner = refinement.calibrate(trained, config)
+        self._drawer = drawing.Drawer(trained, config, trace=True)
         jax.block_until_ready(self._drawer(self._refiner, label, seed=0))
         self._cards, self._milliseconds, self._images = [], [], []
         self._drift, self._drift_drawn = [], []
@@ -145,7 +145,7 @@ class _Prepared:
                 images.uint8_to_image(image_uint8),
                 self._label,
                 reference=reference,
-                settings=run.provenance(self._trained, self._config, seed=seed),
+                settings=evaluating.provenance(self._trained, self._config, seed=seed),
             )
         )
         drawn, refined = (np.asarray(cond) for cond in sampled.cond)
@@ -229,7 +229,7 @@ def table(
         rows.append(
             [
                 name,
-                f"{one.cards[0].settings.num_head_evaluations}",
+                f"{head_evaluations(one)}",
                 f"{np.median(one.milliseconds):.2f}",
                 means["frechet_distance"],
                 difference,
@@ -243,6 +243,11 @@ def table(
             ]
         )
     return header, rows
+
+
+def head_evaluations(one: Measured) -> int:
+    """Evaluations of the diffusion head for each token; 0 without one."""
+    return int(one.cards[0].settings.sampling.get("num_head_evaluations") or 0)
 
 
 def difference_text(a: Measured, b: Measured, metric: str = "frechet_distance") -> str:

@@ -6,18 +6,19 @@ scores; writes pictures, a table, and a report with what was found, whatever it 
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Int, UInt8
 
-from arcond_jax import build, run, types
+from arcond_jax import build, types
 from arcond_jax.analysis import comparison, figures, report
 from arcond_jax.data import images
 from arcond_jax.evaluation import paired, samples
+from arcond_jax.run import drawing, evaluating, restoring, training
 from arcond_jax.training import writer
 from arcond_jax.transport import refiners
 
@@ -160,7 +161,7 @@ FINDINGS = (
 )
 
 
-def main(workdir: pathlib.Path, *, num_seeds: int, overrides: Sequence[str]) -> bool:
+def main(workdir: epath.Path, *, num_seeds: int, overrides: Sequence[str]) -> bool:
     """Runs all of it; returns False if it was told to stop while training.
 
     Args:
@@ -178,13 +179,13 @@ def main(workdir: pathlib.Path, *, num_seeds: int, overrides: Sequence[str]) -> 
         print(f"training {name} ({path})", flush=True)
         directory = workdir / name
         directory.mkdir(parents=True, exist_ok=True)
-        if not run.train(build.load_config(path, overrides), directory):
+        if not training.train(build.load_config(path, overrides), directory):
             return False
-        models[name] = run.restore(directory)
+        models[name] = restoring.restore(directory)
 
     config = models["joint"].config
-    reference = run.reference(config, workdir)
-    label = np.repeat(np.arange(config.data.num_classes), PER_CLASS)
+    reference = evaluating.reference(config, workdir)
+    label = np.repeat(np.arange(config.data.num_classes, dtype=np.int32), PER_CLASS)
     print("calibrating and compiling the samplers", flush=True)
     measured = comparison.compare(
         SYSTEMS,
@@ -193,47 +194,83 @@ def main(workdir: pathlib.Path, *, num_seeds: int, overrides: Sequence[str]) -> 
         label=label,
         seeds=range(FIRST_SEED, FIRST_SEED + num_seeds),
     )
-    write(workdir, models, measured, label, num_seeds=num_seeds)
+    answers = [finding.answer(measured) for finding in FINDINGS]
+    metrics = {"systems": comparison.as_json(measured), "findings": answers, "seeds": num_seeds}
+    (workdir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    pictures = draw_pictures(workdir, models["joint"], measured[SHOWN].image_uint8, label)
+    tables = tables_of(measured, answers, num_seeds=num_seeds, num_images=len(label))
+    _write_samples(workdir, config, measured[SHOWN], label)
+    _write_report(workdir, measured, pictures, tables, num_seeds=num_seeds)
+    print(measured[SHOWN].cards[0].as_text(), end="\n\n")
+    for table in tables:
+        print(report.table_text(table.header, table.rows), end="\n\n")
+    print(tables[-1].note, end="\n\n")
+    names = "samples.npz grid.png refinement.png curves.png metrics.json report.html"
+    print(f"written to {workdir}: {names}")
     return True
 
 
-def write(
-    workdir: pathlib.Path,
-    models: Mapping[str, run.Trained],
-    measured: Mapping[str, comparison.Measured],
+def _write_samples(
+    workdir: epath.Path,
+    config: build.Config,
+    shown: comparison.Measured,
     label: Int[np.ndarray, " n"],
-    *,
-    num_seeds: int,
 ) -> None:
-    """Writes samples, pictures, metrics and report, and prints the tables."""
-    shown = measured[SHOWN]
     samples.write_samples(
         workdir / "samples.npz",
         shown.image_uint8,
         label,
-        num_classes=models["joint"].config.data.num_classes,
+        num_classes=config.data.num_classes,
         **dataclasses.asdict(shown.cards[0].settings),
     )
-    grid = figures.class_grid(
-        shown.image_uint8,
-        label,
-        num_classes=models["joint"].config.data.num_classes,
-        per_class=10,
-        upscale=4,
-    )
+
+
+def draw_pictures(
+    workdir: epath.Path,
+    trained: restoring.Trained,
+    image_uint8: UInt8[np.ndarray, "n height width channels"],
+    label: Int[np.ndarray, " n"],
+) -> dict[str, Any]:
+    """Draws the samples of a system, drafts of the joint model and its training, and writes them.
+
+    Returns:
+      "grid", an image; "refinement" and "curves", figures.
+    """
+    num_classes = trained.config.data.num_classes
+    grid = figures.class_grid(image_uint8, label, num_classes=num_classes, per_class=10, upscale=4)
     figures.write_png(workdir / "grid.png", grid)
-    strip = figures.refinement_strip(window_drafts(models["joint"], seed=FIRST_SEED))
-    curves = figures.training_curves(writer.read_rows(workdir / "joint" / "metrics.jsonl"))
-    for name, figure in (("refinement", strip), ("curves", curves)):
+    rows = writer.read_rows(workdir / "joint" / "metrics.jsonl")
+    pictures = {
+        "refinement": figures.refinement_strip(window_drafts(trained, seed=FIRST_SEED)),
+        "curves": figures.training_curves(rows),
+    }
+    for name, figure in pictures.items():
         (workdir / f"{name}.png").write_bytes(figures.figure_png(figure))
+    return pictures | {"grid": grid}
 
-    answers = [finding.answer(measured) for finding in FINDINGS]
-    metrics = {"systems": comparison.as_json(measured), "findings": answers, "seeds": num_seeds}
-    (workdir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
-    header, rows = comparison.table(measured, baseline=BASELINE)
-    findings_header = ["question", "of", "difference", "relative", "expected", "found", "holds"]
-    findings = [
+def tables_of(
+    measured: Mapping[str, comparison.Measured],
+    answers: Sequence[Mapping[str, Any]],
+    *,
+    num_seeds: int,
+    num_images: int,
+) -> tuple[report.Table, report.Table]:
+    """The systems side by side, and what was expected of them and found."""
+    real = measured[SHOWN].cards[0].measurements["frechet_distance_real"]
+    how = (
+        f"Means over {num_seeds} sampling seeds of {num_images} images; ± is the standard error of "
+        "the difference paired by seed (seeds of training are not in it). FD is the Fréchet "
+        "distance of the features of a small classifier to the 360 held-out images, not Inception "
+        f"FID; real training images have {real:.3f}. NN is the distance to the nearest training "
+        "image over that of real held-out images. Drift is the energy distance of the heads' "
+        "conditions to those of real prefixes, mean over positions."
+    )
+    systems = report.Table(
+        "Systems side by side.", *comparison.table(measured, baseline=BASELINE), how
+    )
+    header = ["question", "of", "difference", "relative", "expected", "found", "holds"]
+    rows = [
         [
             answer["question"],
             "drift" if answer["metric"] == "drift" else "FD",
@@ -245,50 +282,45 @@ def write(
         ]
         for answer in answers
     ]
-    shares = {
-        name: f"{one.refinement_share:.1%}"
+    shares = (
+        f"{name} {one.refinement_share:.1%}"
         for name, one in measured.items()
         if one.refinement_share
-    }
-    cost = "Share of sampling time spent on refinement: " + ", ".join(
-        f"{name} {share}" for name, share in shares.items()
     )
-    print(shown.cards[0].as_text(), end="\n\n")
-    print(report.table_text(header, rows), end="\n\n")
-    print(report.table_text(findings_header, findings), end="\n\n")
-    print(cost, end="\n\n")
+    cost = f"Share of sampling time spent on refinement: {', '.join(shares)}"
+    return systems, report.Table("What was expected, and what was found.", header, rows, cost)
 
-    how = (
-        f"Means over {num_seeds} sampling seeds of {len(label)} images; ± is the standard error of "
-        "the difference paired by seed (seeds of training are not in it). FD is the Fréchet "
-        "distance of the features of a small classifier to the 360 held-out images, not Inception "
-        f"FID; real training images have {shown.cards[0].frechet_distance_real:.3f}. NN is the "
-        "distance to the nearest training image over that of real held-out images. Drift is the "
-        "energy distance of the heads' conditions to those of real prefixes, mean over positions."
-    )
-    drifts = [
-        report.Picture(
-            figures.drift_plot(
-                np.mean(measured[plain].drift, axis=0), np.mean(measured[refined].drift, axis=0)
-            ),
-            f"Drift of the conditions at each position: {plain}, and refined.",
-        )
-        for plain, refined in (
-            ("diffusion only, 25", "diffusion only, 25, refined"),
-            ("joint, 1 evaluation", "joint, 1 evaluation, refined"),
-        )
-    ]
+
+def _write_report(
+    workdir: epath.Path,
+    measured: Mapping[str, comparison.Measured],
+    pictures: Mapping[str, Any],
+    tables: tuple[report.Table, report.Table],
+    *,
+    num_seeds: int,
+) -> None:
+    real = measured[SHOWN].cards[0].measurements["frechet_distance_real"]
     cost_rows = [
         {
             "name": name.split(",")[0] + (", refined" if "refined" in name else ""),
             "frechet_distance": float(np.mean(one.scores("frechet_distance"))),
-            "num_head_evaluations": one.cards[0].settings.num_head_evaluations,
+            "num_head_evaluations": comparison.head_evaluations(one),
             "standard_error": float(
                 np.std(one.scores("frechet_distance"), ddof=1) / np.sqrt(num_seeds)
             ),
         }
         for name, one in measured.items()
         if name not in ("diffusion only, 25", "diffusion only, 25, refined")
+    ]
+    drifts = [
+        report.Picture(
+            figures.drift_plot(*(np.mean(measured[x].drift, axis=0) for x in (name, refined))),
+            f"Drift of the conditions at each position: {name}, and refined.",
+        )
+        for name, refined in (
+            ("diffusion only, 25", "diffusion only, 25, refined"),
+            ("joint, 1 evaluation", "joint, 1 evaluation, refined"),
+        )
     ]
     report.write_report(
         workdir / "report.html",
@@ -299,44 +331,38 @@ def write(
                 "(joint), latents with the diffusion loss only, codes only. Conditions are refined "
                 "by optimal transport before any head sees them."
             ),
-            report.Picture(grid, f"Samples of {SHOWN}, a row per class."),
-            report.Table("Systems side by side.", header, rows, how),
-            report.Table("What was expected, and what was found.", findings_header, findings, cost),
+            report.Picture(pictures["grid"], f"Samples of {SHOWN}, a row per class."),
+            *tables,
             report.Picture(
-                figures.quality_against_cost(
-                    cost_rows, frechet_distance_real=shown.cards[0].frechet_distance_real
-                ),
+                figures.quality_against_cost(cost_rows, frechet_distance_real=real),
                 "Fréchet distance against evaluations of the diffusion head per token.",
             ),
             *drifts,
             report.Picture(
-                strip,
-                "What each slot of the window would have drawn, from the draft made three "
+                pictures["refinement"],
+                "What each entry of the window would have drawn, from the draft made three "
                 "positions ahead to the final code.",
             ),
-            report.Picture(curves, "Training of the joint model."),
+            report.Picture(pictures["curves"], "Training of the joint model."),
         ],
     )
-    names = "samples.npz grid.png refinement.png curves.png metrics.json report.html"
-    print(f"written to {workdir}: {names}")
 
 
 def window_drafts(
-    trained: run.Trained, *, seed: int
-) -> UInt8[np.ndarray, "n slots height width channels"]:
-    """One image per class as each slot of the window would have it, decoded from codes.
+    trained: restoring.Trained, *, seed: int
+) -> UInt8[np.ndarray, "n entries height width channels"]:
+    """One image per class as each entry of the window would have it, decoded from codes.
 
-    Slot j's code at position i was drawn at position i - j; where there is none, at the first.
+    Entry j's code at position i was drawn at position i - j; where there is none, at the first.
     """
-    config = trained.config.copy_and_resolve_references()
-    config.sampling.drafts = "draw"
-    label = np.arange(config.data.num_classes)
-    _, sampled = run.Drawer(trained, config)(refiners.Identity(), label, seed=seed)
+    config = build.changed(trained.config, {"sampling.drafts": "draw"})
+    label = np.arange(config.data.num_classes, dtype=np.int32)
+    _, sampled = drawing.Drawer(trained, config)(refiners.Identity(), label, seed=seed)
     drafts = np.asarray(sampled.drafts)
     position = np.arange(drafts.shape[1])
     decoded = []
-    for slot in range(drafts.shape[2]):
-        made_at = np.maximum(position - slot, 0)
+    for entry in range(drafts.shape[2]):
+        made_at = np.maximum(position - entry, 0)
         codes = drafts[:, made_at, position - made_at]
         image = trained.tokenizer.decode(types.Tokens(codes=jax.numpy.asarray(codes)))
         decoded.append(images.image_to_uint8(np.asarray(image)))

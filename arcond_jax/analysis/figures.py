@@ -128,27 +128,29 @@ def figure_png(figure: matplotlib.figure.Figure) -> bytes:
 
 @matplotlib.rc_context(STYLE)
 def refinement_strip(
-    drafts: UInt8[np.ndarray, "n slots height width channels"],
+    drafts: UInt8[np.ndarray, "n entries height width channels"],
 ) -> matplotlib.figure.Figure:
-    """Shows each image as every slot of the tensor window would have it, first draft to final.
+    """Shows each image as every entry of the window would have it, first draft to final.
 
     Args:
-      drafts: `drafts[:, j]` is decoded from what slot j predicted at every position, so slot 0 is
-        the final image and the last slot the draft made longest ahead. One row per image.
+      drafts: `drafts[:, j]` is decoded from what entry j was at every position, so entry 0 is
+        the final image and the last one the draft made longest ahead. One row per image.
     """
-    num_images, num_slots, height, width, _ = drafts.shape
-    # An inch per image keeps 256 pixels readable, and a strip of few slots small.
-    cell = min(1.0, TEXT_WIDTH / num_slots)
+    num_images, num_entries, height, width, _ = drafts.shape
+    # An inch per image keeps 256 pixels readable, and a strip of few entries small.
+    cell = min(1.0, TEXT_WIDTH / num_entries)
     figure, axes = _subplots(
-        num_images, num_slots, size=(cell * num_slots, cell * height / width * num_images + 0.35)
+        num_images,
+        num_entries,
+        size=(cell * num_entries, cell * height / width * num_images + 0.35),
     )
     for (row, column), axis in np.ndenumerate(axes):
-        slot = num_slots - 1 - column
-        shown = drafts[row, slot]
+        entry = num_entries - 1 - column
+        shown = drafts[row, entry]
         axis.imshow(shown[..., 0] if shown.shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=255)
         axis.set_axis_off()
         if row == 0:
-            ahead = "final" if slot == 0 else f"{slot} ahead"
+            ahead = "final" if entry == 0 else f"{entry} ahead"
             # Mid grey reads on light and on dark pages; a figure with images is never inverted.
             axis.set_title(ahead, loc="center", color="#808080")
     return figure
@@ -156,7 +158,7 @@ def refinement_strip(
 
 @matplotlib.rc_context(STYLE)
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Draws the losses of a run: total, diffusion loss and cross-entropy of each slot.
+    """Draws the losses of a run: total, diffusion loss and cross-entropy of codes and drafts.
 
     Args:
       rows: One mapping per log line, as read from a JSON-lines file, each with "step". Drawn are
@@ -180,8 +182,8 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> matplotlib.figure.Figu
     for axis, (title, members) in zip(axes[0], panels.items(), strict=True):
         for index, name in enumerate(members):
             curve = [(row["step"], row[name]) for row in rows if "step" in row and name in row]
-            # The panel's title already says cross-entropy: the slot alone fits beside the curves.
-            label = name.replace("cross_entropy/", "")
+            # The panel's title already says cross-entropy: the rest fits beside the curves.
+            label = name.replace("cross_entropy/", "").replace("cross_entropy", "code")
             axis.plot(*zip(*curve, strict=True), color=COLOURS[index % len(COLOURS)], label=label)
         axis.set_title(title)
         axis.set_xlabel("training step")
@@ -280,7 +282,15 @@ def quality_against_cost(
             linestyle=(0, (4, 3)),
         )
         handles.append(level)
-    costs = [row[cost] for row in rows]
+    _scale_costs(axis, [row[cost] for row in rows])
+    axis.set_xlabel(cost_label)
+    axis.set_ylabel("Fréchet distance")
+    figure.legend(handles=handles, loc="outside lower left", ncols=3)
+    return figure
+
+
+def _scale_costs(axis: Any, costs: Sequence[float | int]) -> None:
+    """A logarithmic axis with round ticks, on which a cost of 0 has a place too."""
     if min(costs) > 0:
         axis.set_xscale("log")
     else:
@@ -292,10 +302,6 @@ def quality_against_cost(
     ticks = [tick for tick in series if min(costs) <= tick <= max(costs)]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axis.set_xlabel(cost_label)
-    axis.set_ylabel("Fréchet distance")
-    figure.legend(handles=handles, loc="outside lower left", ncols=3)
-    return figure
 
 
 def _subplots(

@@ -1,35 +1,39 @@
-"""From a config to objects; the only place that knows what a config looks like.
+"""From a config to objects: what people import.
+
+    from arcond_jax import build
+
+    config = build.load_config("digits:joint", ["model.depth=2"])
+    generator = build.generator(config)   # .init(rng), .loss(params, tokens, prompt, rng)
+    sampler = build.sampler(config)       # (params, rng, prompt, refiner=...) -> tokens
 
 Every function takes the whole config and returns a plain object or a pure function, so a
-researcher can take one part and leave the rest.
+researcher can take one part and leave the rest. This is the only package that knows what a config
+looks like.
 """
 
-from arcond_jax.build.loading import check, load_config, with_overrides
+from arcond_jax.build.checking import check
+from arcond_jax.build.data import image_shape, source
+from arcond_jax.build.defaults import config
+from arcond_jax.build.family import Conditions, Family, Generator, Sampler
+from arcond_jax.build.loading import changed, load_config, with_overrides
 from arcond_jax.build.models import (
-    Generator,
-    Network,
-    Sampler,
     check_trained,
+    conditions,
+    family_of,
     generator,
-    head,
     network,
+    register,
     sampler,
-    solver,
 )
+from arcond_jax.build.official import Official
 from arcond_jax.build.tokens import (
-    WEIGHTS,
     abstract_tokenizer,
-    abstract_trained,
     grid,
-    has_codes,
-    has_latents,
-    image_shape,
-    load_weights,
     num_codes,
-    source,
     token_channels,
     tokenizer,
     tokenizer_network,
+    tokens_of,
 )
 from arcond_jax.build.training import (
     abstract_params,
@@ -37,45 +41,44 @@ from arcond_jax.build.training import (
     empty_bank,
     mesh,
     optimizer,
-    refine_options,
     train_state,
     train_step,
 )
 from arcond_jax.config import Config, ConfigError
 
 __all__ = [
-    "WEIGHTS",
+    "Conditions",
     "Config",
     "ConfigError",
+    "Family",
     "Generator",
-    "Network",
+    "Official",
     "Sampler",
     "abstract_params",
     "abstract_state",
     "abstract_tokenizer",
-    "abstract_trained",
+    "changed",
     "check",
     "check_trained",
+    "conditions",
+    "config",
     "empty_bank",
+    "family_of",
     "generator",
     "grid",
-    "has_codes",
-    "has_latents",
-    "head",
     "image_shape",
     "load_config",
-    "load_weights",
     "mesh",
     "network",
     "num_codes",
     "optimizer",
-    "refine_options",
+    "register",
     "sampler",
-    "solver",
     "source",
     "token_channels",
     "tokenizer",
     "tokenizer_network",
+    "tokens_of",
     "train_state",
     "train_step",
     "with_overrides",

@@ -1,55 +1,152 @@
-"""Images, tokenizers, and the grid of tokens they make."""
+"""Tokenizers, and the grid of tokens they make.
+
+Each kind says what its section of a config holds, what tokens it gives, and how it is made.
+"""
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Key
 
 from arcond_jax import checkpoint, types
+from arcond_jax.build import data, keys
+from arcond_jax.build import official as official_lib
 from arcond_jax.config import Config, ConfigError
-from arcond_jax.data import digits, folder, pipeline
+from arcond_jax.convert import kl16, vq16
+from arcond_jax.convert import lfq as lfq_table
+from arcond_jax.convert import maskgit_vq as maskgit_vq_table
 from arcond_jax.tokenizers import kl, lfq, maskgit_vq, patches, vq
 from arcond_jax.tokenizers import network as network_lib
 
 WEIGHTS = "weights"  # within a folder of converted weights
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-SOURCES = ("digits", "folder")
-CODE_NETWORKS = {
-    "vq": vq.VQAutoencoder,
-    "maskgit_vq": maskgit_vq.MaskGITAutoencoder,
-    "lfq": lfq.LFQAutoencoder,
-}
 MAX_PATCHES = 65_536  # to cluster, of images spread over the split
-TOKENIZERS = ("patches", "kl", *CODE_NETWORKS)
 
 
-def source(config: Config, split: str) -> pipeline.Source:
-    """Random access to a split ("train" or "held_out") of the config's dataset.
+def _fitted(config: Config) -> patches.Patches:
+    section = config.tokenizer
+    return patches.abstract(
+        data.image_shape(config),
+        patch_size=section.patch_size,
+        num_codes=section.get("num_codes"),
+    )
 
-    Raises:
-      ConfigError: There is no such dataset, or it is not what the config says.
+
+def _kl(config: Config) -> kl.KL:
+    return kl.abstract(
+        tokenizer_network(config),
+        image_size=data.image_shape(config)[:2],
+        latent_scale=config.tokenizer.latent_scale,
+        patch_size=config.tokenizer.patch_size,
+    )
+
+
+def _coded(config: Config) -> network_lib.Coded:
+    network = tokenizer_network(config)
+    return network_lib.abstract(network, image_size=data.image_shape(config)[:2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """One kind of tokenizer.
+
+    Attributes:
+      section: Settings besides its name.
+      gives: Kinds of token, of "latents" and "codes".
+      abstract: Its shapes, for a config.
+      network: The Linen module of one that is read from weights; None for one that is fitted.
+      codebook: From the tokenizer itself, the vectors of its codes, centred; None where it has no
+        such table.
+      official: Its official weights.
     """
-    data = config.data
-    if data.name == "digits":
-        made = digits.Digits(split)
-    elif data.directory is None:
-        raise ConfigError("data.directory is not set: give the folder that holds the images")
-    else:
-        made = folder.ImageFolder(data.directory, split, image_size=data.image_size)
-    found = dict(num_classes=made.num_classes, image_shape=tuple(made.image_shape))
-    wanted = dict(num_classes=data.num_classes, image_shape=image_shape(config))
-    for name, value in wanted.items():
-        if found[name] != value:
-            raise ConfigError(
-                f"the {split} split of {data.name} has {name} {found[name]}, the data section of "
-                f"the config says {value}"
-            )
-    return made
+
+    section: keys.Section
+    gives: tuple[str, ...]
+    abstract: Callable[[Config], Any]
+    network: Callable[..., Any] | None = None
+    codebook: Callable[[Any], Float[Array, "v c"]] | None = None
+    official: official_lib.Official | None = None
 
 
-def image_shape(config: Config) -> tuple[int, int, int]:
-    """Height, width and channels of the images."""
-    return config.data.image_size, config.data.image_size, config.data.num_channels
+def _centred(fitted: patches.Patches) -> Float[Array, "v c"]:
+    """Raw pixels share a direction, brightness, that would hide all others in a cosine."""
+    assert fitted.codebook is not None
+    return fitted.codebook - fitted.codebook.mean(axis=0)
+
+
+PATCH = {"patch_size": keys.integer(2)}
+NUM_CODES = {"num_codes": keys.integer(64)}
+LEVELS = {
+    "path": keys.text(None, optional=True),  # folder of converted weights
+    "width": keys.integer(128),
+    "multipliers": keys.sizes((1, 1, 2, 2, 4)),
+    "num_blocks": keys.integer(2),
+}
+TOKENIZERS: Mapping[str, Tokenizer] = {
+    "pixels": Tokenizer(PATCH, ("latents",), _fitted),
+    "patches": Tokenizer(PATCH | NUM_CODES, ("latents", "codes"), _fitted, codebook=_centred),
+    "kl": Tokenizer(
+        LEVELS
+        | {
+            "patch_size": keys.integer(1),
+            "latent_channels": keys.integer(16),
+            "latent_scale": keys.number(kl.LATENT_SCALE, above=0.0),
+        },
+        ("latents",),
+        _kl,
+        kl.KLAutoencoder,
+        official=official_lib.Official(
+            "kl16", ("tokenizers:kl16",), kl16.rows, ignored=kl16.IGNORED
+        ),
+    ),
+    "vq": Tokenizer(
+        LEVELS
+        | {
+            "latent_channels": keys.integer(256),
+            "num_codes": keys.integer(16384),
+            "code_width": keys.integer(8),
+        },
+        ("codes",),
+        _coded,
+        vq.VQAutoencoder,
+        official=official_lib.Official(
+            "vq", ("tokenizers:vq16", "tokenizers:vq8"), vq16.rows, ignored=vq16.IGNORED
+        ),
+    ),
+    "maskgit_vq": Tokenizer(
+        LEVELS | {"num_codes": keys.integer(1024), "code_width": keys.integer(256)},
+        ("codes",),
+        _coded,
+        maskgit_vq.MaskGITAutoencoder,
+        official=official_lib.Official(
+            "maskgit_vq", ("tokenizers:maskgit_vq",), maskgit_vq_table.rows
+        ),
+    ),
+    "lfq": Tokenizer(
+        LEVELS | {"num_blocks": keys.integer(4), "num_bits": keys.integer(18, high=31)},
+        ("codes",),
+        _coded,
+        lfq.LFQAutoencoder,
+        official=official_lib.Official(
+            "lfq",
+            ("tokenizers:lfq256", "tokenizers:lfq128"),
+            lfq_table.rows,
+            ignored=lfq_table.IGNORED,
+            averaged=lfq_table.averaged,
+        ),
+    ),
+}
+# Settings that are not the network's.
+APART = ("name", "path", "patch_size", "latent_scale")
+
+
+def kind_of(config: Config) -> Tokenizer:
+    """The record of the config's tokenizer."""
+    return TOKENIZERS[config.tokenizer.name]
 
 
 def grid(config: Config) -> tuple[int, int]:
@@ -58,8 +155,8 @@ def grid(config: Config) -> tuple[int, int]:
     Raises:
       ConfigError: Images of this size cannot be cut into tokens.
     """
-    edge = config.tokenizer.patch_size if has_latents(config) else 1
-    if config.tokenizer.name != "patches":
+    edge = config.tokenizer.get("patch_size", 1)
+    if kind_of(config).network is not None:
         edge *= tokenizer_network(config).design.stride
     side = config.data.image_size
     if side % edge:
@@ -67,61 +164,43 @@ def grid(config: Config) -> tuple[int, int]:
     return side // edge, side // edge
 
 
-def has_codes(config: Config) -> bool:
-    """Whether the tokenizer gives codes."""
-    return config.tokenizer.name != "kl"
-
-
-def has_latents(config: Config) -> bool:
-    """Whether the tokenizer gives latents."""
-    return config.tokenizer.name in ("patches", "kl")
-
-
 def num_codes(config: Config) -> int:
     """Size of the codebook."""
-    if config.tokenizer.name == "patches":
+    if kind_of(config).network is None:
         return config.tokenizer.num_codes
     return tokenizer_network(config).num_codes
 
 
 def token_channels(config: Config) -> int:
     """Numbers in a latent."""
-    channels = config.data.num_channels
-    if config.tokenizer.name == "kl":
-        channels = config.kl.latent_channels
+    channels = config.tokenizer.get("latent_channels", config.data.num_channels)
     return channels * config.tokenizer.patch_size**2
 
 
-def tokenizer_network(
-    config: Config,
-) -> kl.KLAutoencoder | vq.VQAutoencoder | maskgit_vq.MaskGITAutoencoder | lfq.LFQAutoencoder:
+def tokenizer_network(config: Config) -> Any:
     """The Linen module of a tokenizer that is read from weights."""
-    name = config.tokenizer.name
-    sizes = {key: value for key, value in config[name].items() if key != "latent_scale"}
+    make, section = kind_of(config).network, config.tokenizer
+    assert make is not None
+    sizes = {name: value for name, value in section.items() if name not in APART}
     sizes["multipliers"] = tuple(sizes["multipliers"])
-    dtype = DTYPES[config.training.dtype]
-    if name in CODE_NETWORKS:
-        return CODE_NETWORKS[name](dtype=dtype, **sizes)
-    # Attention at the lowest resolution, as in KL-16.
-    last = len(sizes["multipliers"]) - 1
-    return kl.KLAutoencoder(attention_levels=(last,), dtype=dtype, **sizes)
+    return make(dtype=DTYPES[config.training.dtype], **sizes)
 
 
 def tokenizer(config: Config) -> types.Tokenizer:
-    """The tokenizer: "patches" is fitted to the training split, the others read from weights.
+    """The tokenizer, fitted to the training split or read from weights.
 
     Raises:
       ConfigError: No weights are named.
       checkpoint.CheckpointError: They cannot be read, or are of another model.
     """
-    if config.tokenizer.name == "patches":
-        split = source(config, "train")
+    if kind_of(config).network is None:
+        split = data.source(config, "train")
         num_images = min(len(split), -(-MAX_PATCHES // int(np.prod(grid(config)))))
         chosen = np.linspace(0, len(split) - 1, num_images)
         return patches.fit(
             np.stack([split[int(i)]["image"] for i in chosen]),
             patch_size=config.tokenizer.patch_size,
-            num_codes=config.tokenizer.num_codes,
+            num_codes=config.tokenizer.get("num_codes"),
             seed=config.seed,
         )
     if config.tokenizer.path is None:
@@ -129,33 +208,15 @@ def tokenizer(config: Config) -> types.Tokenizer:
             "tokenizer.path is not set: give the folder that `arcond convert` made of the "
             f"tokenizer {config.tokenizer.name}"
         )
-    abstract = abstract_trained(config)
-    params = load_weights(config.tokenizer.path, abstract.params)
-    return dataclasses.replace(abstract, params=params)
-
-
-def abstract_tokenizer(config: Config) -> patches.Patches | kl.KL | network_lib.Coded:
-    """Shapes of the tokenizer, to restore a fitted or a converted one into."""
-    if config.tokenizer.name != "patches":
-        return abstract_trained(config)
-    return patches.abstract(
-        image_shape(config),
-        patch_size=config.tokenizer.patch_size,
-        num_codes=config.tokenizer.num_codes,
+    abstract = abstract_tokenizer(config)
+    return dataclasses.replace(
+        abstract, params=load_weights(config.tokenizer.path, abstract.params)
     )
 
 
-def abstract_trained(config: Config) -> kl.KL | network_lib.Coded:
-    """Shapes of a tokenizer that is read from weights."""
-    network, image_size = tokenizer_network(config), image_shape(config)[:2]
-    if isinstance(network, kl.KLAutoencoder):
-        return kl.abstract(
-            network,
-            image_size=image_size,
-            latent_scale=config.kl.latent_scale,
-            patch_size=config.tokenizer.patch_size,
-        )
-    return network_lib.abstract(network, image_size=image_size)
+def abstract_tokenizer(config: Config) -> Any:
+    """Shapes of the tokenizer, to restore a fitted or a converted one into."""
+    return kind_of(config).abstract(config)
 
 
 def load_weights(directory: str, abstract: types.Params) -> types.Params:
@@ -165,3 +226,24 @@ def load_weights(directory: str, abstract: types.Params) -> types.Params:
       checkpoint.CheckpointError: None there, damaged, or of another model.
     """
     return checkpoint.load_tree(f"{directory}/{WEIGHTS}", {"params": abstract})["params"]
+
+
+def tokens_of(
+    config: Config,
+) -> Callable[[types.Tokenizer, types.Batch, Key[Array, ""]], types.Tokens]:
+    """The function that makes the tokens of a training batch, on the device.
+
+    Half of the images are mirrored where the config says so, and latents are drawn where the
+    tokenizer has a distribution of them.
+    """
+    random_flip = config.data.random_flip
+
+    def tokens(tokenizer: types.Tokenizer, batch: types.Batch, rng: Key[Array, ""]) -> types.Tokens:
+        flip_rng, encode_rng = jax.random.split(rng)
+        image = batch.image
+        if random_flip:
+            flipped = jax.random.bernoulli(flip_rng, 0.5, (image.shape[0], 1, 1, 1))
+            image = jnp.where(flipped, image[:, :, ::-1], image)
+        return tokenizer.encode(image, encode_rng)
+
+    return tokens

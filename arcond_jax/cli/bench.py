@@ -4,17 +4,17 @@ import argparse
 import dataclasses
 import json
 import math
-import pathlib
 
 from arcond_jax import benchmark, build
 from arcond_jax.analysis import report
+from arcond_jax.cli import paths
 
 EPILOG = """examples:
   arcond bench --config mar_base_imagenet256 --config.training.dtype=float32 \\
       --config.sampling.num_ar_steps=64 --config.sampling.num_head_evaluations=25 \\
       --against sampling.num_buckets=1
   arcond bench --config llamagen_b_256 --config.training.dtype=float32 \\
-      --config.sampling.top_k=2000 --config.gpt.unroll=12 --config.gpt.remat=none \\
+      --config.sampling.top_k=2000 --config.model.unroll=12 --config.model.remat=none \\
       --batch_size 1 --batch_size 8
   arcond bench --config digits:ar --batch_size 1 --batch_size 64
 
@@ -34,15 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num_runs", type=int, default=1, help="of every program")
     parser.add_argument("--no_split", action="store_true", help="leave the parts out")
-    parser.add_argument("--out", type=pathlib.Path, help=".json to write")
+    parser.add_argument("--out", type=paths.file, help=".json to write")
 
 
 def main(args: argparse.Namespace) -> None:
     config = build.load_config(args.config, args.overrides)
     configs = {config.name: config}
     for setting in args.against:
-        changed = config.copy_and_resolve_references()
-        configs[setting] = build.with_overrides(changed, [setting])
+        configs[setting] = build.with_overrides(config, [setting])
     timings = benchmark.measure(
         configs,
         batch_sizes=args.batch_size or [1],

@@ -1,11 +1,11 @@
 """`arcond captions`: texts in, a file of encoded captions for `arcond sample` out."""
 
 import argparse
-import pathlib
 
 import numpy as np
 
 from arcond_jax import build
+from arcond_jax.cli import paths
 from arcond_jax.convert import captions
 from arcond_jax.evaluation import npz
 
@@ -20,7 +20,7 @@ Needs `pip install 'arcond_jax[captions]'`. Any program may write such a file: `
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, action="append", help="repeat for more")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help=".npz to write")
+    parser.add_argument("--out", required=True, type=paths.file, help=".npz to write")
     parser.add_argument(
         "--model", default=captions.MODEL, help=f"folder or name of the encoder; {captions.MODEL}"
     )

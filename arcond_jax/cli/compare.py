@@ -2,12 +2,13 @@
 
 import argparse
 import json
-import pathlib
 
 import numpy as np
 
-from arcond_jax import build, run
+from arcond_jax import build
 from arcond_jax.analysis import comparison, report
+from arcond_jax.cli import paths
+from arcond_jax.run import evaluating, restoring
 
 EPILOG = """examples:
   arcond compare --checkpoint runs/digits \\
@@ -20,7 +21,7 @@ table is printed, and everything measured is written to comparison.json in the w
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="a workdir")
+    parser.add_argument("--checkpoint", required=True, type=paths.folder, help="a workdir")
     parser.add_argument(
         "--system",
         required=True,
@@ -31,14 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num_seeds", type=int, default=10)
     parser.add_argument("--per_class", type=int, default=100, help="images of a class per seed")
-    parser.add_argument("--out", type=pathlib.Path, help="default: comparison.json in the workdir")
+    parser.add_argument("--out", type=paths.file, help="default: comparison.json in the workdir")
 
 
 def main(args: argparse.Namespace) -> None:
     if args.num_seeds < 2:
         raise build.ConfigError("--num_seeds must be at least 2: one seed has no standard error")
-    config = run.config_for(args.checkpoint, None, args.overrides)
-    trained = run.restore(args.checkpoint, config=config)
+    config = restoring.config_for(args.checkpoint, None, args.overrides)
+    trained = restoring.restore(args.checkpoint, config=config)
     systems = [
         comparison.System(name, "model", comparison.settings(config, overrides))
         for name, *overrides in args.system
@@ -46,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     measured = comparison.compare(
         systems,
         {"model": trained},
-        reference=run.reference(config, args.checkpoint),
+        reference=evaluating.reference(config, args.checkpoint),
         label=np.repeat(np.arange(config.data.num_classes), args.per_class),
         seeds=range(args.num_seeds),
     )

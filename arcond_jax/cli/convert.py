@@ -1,9 +1,10 @@
 """`arcond convert`: official PyTorch weights in, a folder that can be sampled from out."""
 
 import argparse
-import pathlib
 
-from arcond_jax import build, port
+from arcond_jax import build
+from arcond_jax.cli import paths
+from arcond_jax.run import converting, restoring
 
 EPILOG = """examples:
   arcond convert --family kl16 --source kl16.ckpt --out weights/kl16
@@ -18,21 +19,21 @@ The size is recognised by its shapes, and the official sampling preset becomes t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", required=True, choices=sorted(port.FAMILIES))
-    parser.add_argument("--source", required=True, type=pathlib.Path, help="official checkpoint")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder to write")
-    parser.add_argument("--tokenizer", type=pathlib.Path, help="folder of the converted tokenizer")
+    parser.add_argument("--family", required=True, choices=sorted(converting.formats()))
+    parser.add_argument("--source", required=True, type=paths.file, help="official checkpoint")
+    parser.add_argument("--out", required=True, type=paths.folder, help="folder to write")
+    parser.add_argument("--tokenizer", type=paths.folder, help="folder of the converted tokenizer")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument("--config", metavar="FILE[:VARIANT]", help="default: found by the shapes")
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.tokenizer is not None and not (args.tokenizer / build.WEIGHTS).is_dir():
+    if args.tokenizer is not None and not restoring.is_converted(args.tokenizer):
         raise build.ConfigError(f"{args.tokenizer} holds no converted tokenizer: convert it first")
     config = build.load_config(args.config, args.overrides) if args.config else None
     if config is None and args.overrides:
         raise build.ConfigError("--config.section.key=value needs --config: say which to change")
-    config = port.convert(
+    config = converting.convert(
         args.family,
         args.source,
         args.out,

@@ -1,10 +1,10 @@
 """`arcond demo`: train, refine, sample and score handwritten digits on two CPU cores."""
 
 import argparse
-import pathlib
 import time
 
 from arcond_jax.analysis import demo
+from arcond_jax.cli import paths
 
 EPILOG = """examples:
   arcond demo
@@ -14,7 +14,7 @@ Started again after a stop, it goes on where it was."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo"))
+    parser.add_argument("--workdir", type=paths.folder, default=paths.folder("runs/demo"))
     parser.add_argument("--num_seeds", type=int, default=10, help="sampling seeds to compare over")
 
 

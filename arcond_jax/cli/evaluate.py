@@ -1,11 +1,11 @@
 """`arcond evaluate`: the evaluation card of a file of samples."""
 
 import argparse
-import pathlib
 
-from arcond_jax import build, run
+from arcond_jax.cli import paths
 from arcond_jax.data import images
 from arcond_jax.evaluation import card, samples
+from arcond_jax.run import evaluating, restoring
 
 EPILOG = """examples:
   arcond evaluate --samples samples.npz --checkpoint runs/digits
@@ -15,22 +15,18 @@ is printed, and written as JSON beside the samples."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", required=True, type=pathlib.Path, help="from arcond sample")
-    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="a workdir")
+    parser.add_argument("--samples", required=True, type=paths.file, help="from arcond sample")
+    parser.add_argument("--checkpoint", required=True, type=paths.folder, help="a workdir")
 
 
 def main(args: argparse.Namespace) -> None:
     drawn = samples.read_samples(args.samples)
-    config = run.config_for(args.checkpoint, None, args.overrides)
-    try:
-        settings = card.Settings(**drawn.metadata)
-    except TypeError:
-        raise build.ConfigError(f"{args.samples} does not say how it was sampled") from None
+    config = restoring.config_for(args.checkpoint, None, args.overrides)
     result = card.evaluate(
         images.uint8_to_image(drawn.image_uint8),
         drawn.label,
-        reference=run.reference(config, args.checkpoint),
-        settings=settings,
+        reference=evaluating.reference(config, args.checkpoint),
+        settings=card.settings_of(drawn.metadata),
     )
     path = args.samples.with_suffix(".card.json")
     path.write_text(result.as_json() + "\n")

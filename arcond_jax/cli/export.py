@@ -1,9 +1,10 @@
 """`arcond export`: the averaged weights of a run as an official PyTorch state dict."""
 
 import argparse
-import pathlib
 
-from arcond_jax import build, port, run
+from arcond_jax import build
+from arcond_jax.cli import paths
+from arcond_jax.run import converting, restoring
 
 EPILOG = """examples:
   arcond export --checkpoint runs/mar --out mar.safetensors
@@ -11,13 +12,13 @@ EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="a workdir")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help=".safetensors or .pth")
+    parser.add_argument("--checkpoint", required=True, type=paths.folder, help="a workdir")
+    parser.add_argument("--out", required=True, type=paths.file, help=".safetensors or .pth")
 
 
 def main(args: argparse.Namespace) -> None:
-    config = run.config_for(args.checkpoint, None, args.overrides)
-    family = port.family_of(config)
-    params = run.params_of(args.checkpoint, config, build.mesh(config))
-    port.export(family, params, config, args.out)
-    print(f"{family}: {args.out}")
+    config = restoring.config_for(args.checkpoint, None, args.overrides)
+    name = converting.format_of(config)
+    params = restoring.params_of(args.checkpoint, config, build.mesh(config))
+    converting.export(name, params, config, args.out)
+    print(f"{name}: {args.out}")

@@ -10,6 +10,7 @@ from arcond_jax.cli import (
     calibrate,
     captions,
     compare,
+    config,
     convert,
     demo,
     evaluate,
@@ -21,6 +22,7 @@ from arcond_jax.training import loop
 
 COMMANDS = {
     "demo": demo,
+    "config": config,
     "train": train,
     "calibrate": calibrate,
     "captions": captions,
@@ -36,6 +38,30 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    prefix = "--config."
+    overrides = [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
+    args = _parser().parse_args([a for a in argv if not a.startswith(prefix)])
+    args.overrides = overrides
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("absl", "jax", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        COMMANDS[args.command].main(args)
+    except (
+        build.ConfigError,
+        checkpoint.CheckpointError,
+        loop.DivergedError,
+        ImportError,  # of what only some need: to read a bucket, say
+        ValueError,
+        OSError,
+    ) as error:
+        print(f"arcond {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="arcond", description="Autoregressive image generation in JAX."
     )
@@ -50,26 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-    prefix = "--config."
-    overrides = [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
-    args = parser.parse_args([a for a in argv if not a.startswith(prefix)])
-    args.overrides = overrides
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("absl", "jax", "orbax"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        COMMANDS[args.command].main(args)
-    except (
-        build.ConfigError,
-        checkpoint.CheckpointError,
-        loop.DivergedError,
-        ValueError,
-        OSError,
-    ) as error:
-        print(f"arcond {args.command}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

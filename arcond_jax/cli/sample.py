@@ -2,14 +2,17 @@
 
 import argparse
 import dataclasses
-import pathlib
 
 import numpy as np
 
-from arcond_jax import build, run
+from arcond_jax import build
 from arcond_jax.analysis import figures
+from arcond_jax.cli import paths
 from arcond_jax.data import class_names, images
 from arcond_jax.evaluation import samples
+from arcond_jax.run import captions as captions_lib
+from arcond_jax.run import drawing, evaluating, refinement, restoring
+from arcond_jax.sampling import mar
 
 EPILOG = """examples:
   arcond sample --checkpoint runs/digits --num_images 1000 --out samples.npz
@@ -20,15 +23,15 @@ EPILOG = """examples:
   arcond sample --checkpoint weights/mar --inpaint dog.png --mask mask.png --out dogs.npz
 
 Refinement is on if the config's transport.kind is not "none"; it needs `arcond calibrate` first.
-Without --label or --class_name the classes take turns, and so do captions (models with backbone
-captioned), which `arcond captions` encodes: a label is the number of one. --inpaint keeps the
-tokens of an image whose pixels are all black in --mask and draws the others (backbone mar)."""
+Without --label or --class_name the classes take turns, and so do captions (LlamaGen from
+text), which `arcond captions` encodes: a label is the number of one. --inpaint keeps the
+tokens of an image whose pixels are all black in --mask and draws the others (MAR)."""
 
 NUM_IMAGES = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, help="a workdir")
+    parser.add_argument("--checkpoint", required=True, type=paths.folder, help="a workdir")
     parser.add_argument("--config", metavar="FILE[:VARIANT]", help="default: the checkpoint's own")
     parser.add_argument(
         "--num_images", type=int, help=f"default: {NUM_IMAGES}, or one of each caption"
@@ -37,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one_class = parser.add_mutually_exclusive_group()
     one_class.add_argument("--label", type=int, help="one class for all images")
     one_class.add_argument("--class_name", "--class-name", help="the same by its ImageNet name")
-    parser.add_argument("--captions", type=pathlib.Path, help=".npz of encoded captions")
+    parser.add_argument("--captions", type=paths.file, help=".npz of encoded captions")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, type=pathlib.Path, help=".npz to write")
-    parser.add_argument("--inpaint", type=pathlib.Path, help="image to keep a part of")
-    parser.add_argument("--mask", type=pathlib.Path, help="its mask: white is drawn anew")
-    parser.add_argument("--png", type=pathlib.Path, help="also write a sheet of the images")
+    parser.add_argument("--out", required=True, type=paths.file, help=".npz to write")
+    parser.add_argument("--inpaint", type=paths.file, help="image to keep a part of")
+    parser.add_argument("--mask", type=paths.file, help="its mask: white is drawn anew")
+    parser.add_argument("--png", type=paths.file, help="also write a sheet of the images")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -53,28 +56,23 @@ def main(args: argparse.Namespace) -> None:
             raise build.ConfigError(f"the folder of {path} does not exist: create it first")
     if (args.inpaint is None) != (args.mask is None):
         raise build.ConfigError("--inpaint and --mask go together: give both or none")
-    config = run.config_for(args.checkpoint, args.config, args.overrides)
+    config = restoring.config_for(args.checkpoint, args.config, args.overrides)
     captions = _captions(args, config)
     count = config.data.num_classes if captions is None else len(captions.valid)
     label = _labels(args, count)
-    run.check_labels(label, count)
+    drawing.check_labels(label, count)
 
-    trained = run.restore(args.checkpoint, config=config)
-    settings = run.provenance(trained, config, seed=args.seed)
+    trained = restoring.restore(args.checkpoint, config=config)
+    settings = evaluating.provenance(trained, config, seed=args.seed)
     if captions is not None:
-        trained = run.with_captions(trained, captions)
-        others = {**settings.other_settings, "captions": args.captions.name}
-        settings = dataclasses.replace(settings, other_settings=others)
-    refiner = run.load_refiner(trained, args.checkpoint, config)
-    known = None
-    if args.inpaint is not None:
-        image = images.read_image(args.inpaint, num_channels=config.data.num_channels)
-        mask = images.read_image(args.mask, num_channels=1)
-        known = run.known_tokens(trained, image, mask[..., 0] < 0.0)
+        sampling = {**settings.sampling, "captions": args.captions.name}
+        settings = dataclasses.replace(settings, sampling=sampling)
+    refiner = refinement.load_refiner(trained, args.checkpoint, config)
+    known = _known(args, trained)
     num_known = 0 if known is None else int(known.given.sum())
-    image_uint8 = run.Drawer(trained, num_known=num_known).images(
+    image_uint8 = drawing.Drawer(trained, num_known=num_known).images(
         refiner,
-        label,
+        captions_lib.prompt_of(label, captions),
         seed=args.seed,
         batch_size=min(args.batch_size, len(label)),
         known=known,
@@ -93,8 +91,17 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(label)} images: {args.out}")
 
 
-def _captions(args: argparse.Namespace, config: build.Config) -> run.Captions | None:
-    wanted = config.backbone == "captioned"
+def _known(args: argparse.Namespace, trained: restoring.Trained) -> mar.Known | None:
+    if args.inpaint is None:
+        return None
+    num_channels = trained.config.data.num_channels
+    image = images.read_image(args.inpaint, num_channels=num_channels)
+    mask = images.read_image(args.mask, num_channels=1)
+    return drawing.known_tokens(trained, image, mask[..., 0] < 0.0)
+
+
+def _captions(args: argparse.Namespace, config: build.Config) -> captions_lib.Captions | None:
+    wanted = build.family_of(config).prompts == "captions"
     if args.captions is None:
         if wanted:
             raise build.ConfigError(
@@ -106,7 +113,7 @@ def _captions(args: argparse.Namespace, config: build.Config) -> run.Captions | 
         raise build.ConfigError(f"the model {config.name} draws classes, so leave out --captions")
     if args.class_name is not None:
         raise build.ConfigError("--class_name names classes, not captions: use --label")
-    return run.read_captions(args.captions, config)
+    return captions_lib.read(args.captions, config)
 
 
 def _labels(args: argparse.Namespace, count: int) -> np.ndarray:

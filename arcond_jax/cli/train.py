@@ -1,13 +1,14 @@
 """`arcond train`: train a config in a working directory, or go on where it stopped."""
 
 import argparse
-import pathlib
 
 import numpy as np
 from jaxtyping import UInt8
 
-from arcond_jax import build, run
+from arcond_jax import build
 from arcond_jax.analysis import figures
+from arcond_jax.cli import paths
+from arcond_jax.run import training
 
 EPILOG = """examples:
   arcond train --config configs/digits.py:joint --workdir runs/digits
@@ -20,8 +21,8 @@ Run the same command again to resume. SIGTERM saves and exits 0."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="checkpoints and logs")
-    parser.add_argument("--init", type=pathlib.Path, help="a workdir whose weights to start from")
+    parser.add_argument("--workdir", required=True, type=paths.folder, help="checkpoints and logs")
+    parser.add_argument("--init", type=paths.folder, help="a workdir whose weights to start from")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -37,5 +38,5 @@ def main(args: argparse.Namespace) -> None:
         )
         figures.write_png(workdir / "samples" / f"step_{step:08d}.png", sheet)
 
-    complete = run.train(config, workdir, show=show, init_from=args.init)
+    complete = training.train(config, workdir, show=show, init_from=args.init)
     print(f"{'complete' if complete else 'stopped and saved'}: {workdir}")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from arcond_jax.convert import table
-from arcond_jax.models import captioned
+from arcond_jax.models import prompted
 
 MODEL = "google/flan-t5-xl"  # on Hugging Face; what LlamaGen was trained with
 
@@ -42,7 +42,7 @@ def encode(
         tokens = tokenizer(
             text.lower().strip(),
             padding="max_length",
-            max_length=captioned.NUM_PREFIX,
+            max_length=prompted.NUM_CAPTION_VECTORS,
             truncation=True,
             return_tensors="pt",
         )

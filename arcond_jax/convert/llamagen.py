@@ -1,46 +1,28 @@
-"""Weights of LlamaGen: FoundationVision/LlamaGen, autoregressive/models/gpt.py.
-
-From class to image and from text to image; the trunk is the same.
-"""
+"""Weights of LlamaGen: FoundationVision/LlamaGen, autoregressive/models/gpt.py."""
 
 import numpy as np
 
 from arcond_jax.convert import table
-from arcond_jax.models import captioned, joint
+from arcond_jax.models import llamagen
 
 POSITIONS = "freqs_cis"  # the table of positions, which early checkpoints hold; no weight
 IGNORED = (POSITIONS,)
 STRIDE = 16  # pixels per code along an edge, in all released models
 
 
-def rows(network: joint.Joint) -> list[table.Row]:
-    """The table of class to image: of a network of codes alone with window 1.
-
-    Raises:
-      ValueError: The network has a window or a diffusion head, which LlamaGen has not.
-    """
-    if network.head is not None or network.num_codes is None or network.window != 1:
-        raise ValueError("LlamaGen has codes alone, one at each position: head None, window 1")
+def rows(network: llamagen.LlamaGen) -> list[table.Row]:
+    """The table of a network's parameters, from class to image or from text to image."""
+    prompt = [table.row("class_embed/table", "cls_embedding.embedding_table.weight")]
+    if network.num_classes is None:
+        prompt = [
+            *table.linear("cap_proj/Linear_0", "cls_embedding.cap_proj.fc1", use_bias=False),
+            *table.linear("cap_proj/Linear_1", "cls_embedding.cap_proj.fc2", use_bias=False),
+            table.row("no_caption", "cls_embedding.uncond_embedding"),
+        ]
     return [
-        table.row("class_embed/table", "cls_embedding.embedding_table.weight"),
-        *_rows_of_codes(network.backbone.depth),
-    ]
-
-
-def captioned_rows(network: captioned.Captioned) -> list[table.Row]:
-    """The table of text to image."""
-    return [
-        *table.linear("cap_proj/Linear_0", "cls_embedding.cap_proj.fc1", use_bias=False),
-        *table.linear("cap_proj/Linear_1", "cls_embedding.cap_proj.fc2", use_bias=False),
-        table.row("no_caption", "cls_embedding.uncond_embedding"),
-        *_rows_of_codes(network.backbone.depth),
-    ]
-
-
-def _rows_of_codes(depth: int) -> list[table.Row]:
-    return [
+        *prompt,
         table.row("code_embed/table", "tok_embeddings.weight"),
-        *table.stacked(block(), "trunk/blocks", "layers.{i}", depth),
+        *table.stacked(block(), "trunk/blocks", "layers.{i}", network.backbone.depth),
         *table.norm("final_norm", "norm", use_bias=False),
         *table.linear("code_head", "output", use_bias=False),
     ]

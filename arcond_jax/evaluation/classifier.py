@@ -49,28 +49,31 @@ class Network(nn.Module):
 
 @flax.struct.dataclass
 class Classifier:
-    """A trained network with the image shape and the number of classes it was trained for."""
+    """A trained network, as `features.Features`.
+
+    Attributes:
+      image_shape, num_classes: Of what it was trained on.
+      trained_on: That in words.
+    """
 
     params: types.Params
     image_shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
     num_classes: int = flax.struct.field(pytree_node=False)
+    trained_on: str = flax.struct.field(pytree_node=False, default="the training images")
 
-    def features(
-        self, image: Float[np.ndarray | Array, "b height width channels"]
-    ) -> Float[Array, "b features"]:
-        """Activations of the last hidden layer, in (-1, 1)."""
-        return self.features_and_logits(image)[0]
+    @property
+    def description(self) -> str:
+        """For the evaluation card."""
+        return f"a small classifier trained on {self.trained_on}"
 
-    def logits(
-        self, image: Float[np.ndarray | Array, "b height width channels"]
-    ) -> Float[Array, "b classes"]:
-        """Unnormalised log-probabilities of the classes."""
-        return self.features_and_logits(image)[1]
-
-    def features_and_logits(
+    def __call__(
         self, image: Float[np.ndarray | Array, "b height width channels"]
     ) -> tuple[Float[Array, "b features"], Float[Array, "b classes"]]:
-        """Both in one pass. Raises ValueError when the images are not of the trained shape."""
+        """Activations of the last hidden layer, in (-1, 1), and logits.
+
+        Raises:
+          ValueError: The images are not of the trained shape.
+        """
         if image.shape[1:] != self.image_shape:
             raise ValueError(
                 f"The classifier was trained on images of shape {self.image_shape}, "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from arcond_jax.nn import linear, norm, parameter
+from arcond_jax.nn import linear, modulation, norm, parameter
 
 NUM_FREQUENCIES = 128  # MAR's TimestepEmbedder: 256 features, cosines then sines
 
@@ -36,16 +36,9 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"], y: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        modulation = linear.Linear(
-            (3, self.width),
-            ("embed", None, "mlp"),
-            use_bias=True,
-            kernel_init=parameter.zeros_init,
-            dtype=self.dtype,
-            name="modulation",
-        )(jax.nn.silu(y))
-        shift, scale, gate = (modulation[..., i, :] for i in range(3))
-        hidden = norm.LayerNorm(name="norm")(x) * (1.0 + scale) + shift
+        vectors = modulation.modulation(3, self.width, self.dtype)(jax.nn.silu(y))
+        shift, scale, gate = modulation.parts(vectors)
+        hidden = modulation.modulate(norm.LayerNorm(name="norm")(x), shift, scale)
         for i, axes in enumerate((("embed", "mlp"), ("mlp", "embed"))):
             hidden = linear.Linear(
                 (self.width,),
@@ -92,15 +85,8 @@ class DiffusionHead(nn.Module):
         for i in range(self.depth):
             h = ResBlock(width, self.dtype, name=f"block_{i}")(h, y)
 
-        modulation = linear.Linear(
-            (2, width),
-            ("embed", None, "mlp"),
-            use_bias=True,
-            kernel_init=parameter.zeros_init,
-            dtype=self.dtype,
-            name="final_modulation",
-        )(jax.nn.silu(y))
-        h = norm.LayerNorm(use_affine=False)(h) * (1.0 + modulation[..., 1, :])
-        h = h + modulation[..., 0, :]
+        last = modulation.modulation(2, width, self.dtype, name="final_modulation")
+        vectors = last(jax.nn.silu(y))
+        h = modulation.modulate(norm.LayerNorm(use_affine=False)(h), *modulation.parts(vectors))
         output = dense(2 * self.channels, ("embed", None), parameter.zeros_init, "output")(h)
         return output.astype(jnp.float32)

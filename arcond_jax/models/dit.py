@@ -7,7 +7,6 @@ patches are the tokenizer's business, and the noise process is MAR's, not DiT's 
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,8 +17,8 @@ from jaxtyping import Array, DTypeLike, Float, Int, Key
 from arcond_jax import types
 from arcond_jax.diffusion import gaussian
 from arcond_jax.diffusion import schedule as schedule_lib
-from arcond_jax.models import diffusion_head
-from arcond_jax.nn import attention, linear, norm, parameter, stack
+from arcond_jax.models import diffusion_head, generator
+from arcond_jax.nn import attention, linear, modulation, norm, parameter, stack
 
 # "XL" is as deep and wide as LlamaGen's XL (models/gpt.py), to stand beside it; adaLN makes it
 # larger all the same. The others are DiT's own (models.py, last lines).
@@ -31,24 +30,16 @@ SIZES = {
     "DiT-XL": dict(depth=28, width=1152, num_heads=16),
 }
 
+NUM_TIMES = 1000  # of the noise process, MAR's
+
 xavier = nn.initializers.xavier_uniform()
 
 
-def modulate(
-    x: Float[Array, "b l d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+def normalised(
+    x: Float[Array, "b l d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"]
 ) -> Float[Array, "b l d"]:
-    """Shifts and scales the normalised tokens of an image alike."""
-    return norm.LayerNorm(use_affine=False)(x) * (1.0 + scale[:, None]) + shift[:, None]
-
-
-def modulation(num: int, width: int, dtype: DTypeLike) -> linear.Linear:
-    """Map of the condition to `num` vectors, zero at first (adaLN-zero).
-
-    Its output must be constrained to the batch axes, as in `rar.modulation`.
-    """
-    return linear.Linear(
-        (num, width), ("embed", None, "mlp"), True, parameter.zeros_init, dtype, name="modulation"
-    )
+    """Tokens of unit deviation, those of an image shifted and scaled alike."""
+    return modulation.modulate(norm.LayerNorm(use_affine=False)(x), shift, scale)
 
 
 class Block(nn.Module):
@@ -60,25 +51,24 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], y: Float[Array, "b d"]
+        self, x: Float[Array, "b l d"], y: Float[Array, "b 1 d"]
     ) -> tuple[Float[Array, "b l d"], None]:
         def dense(features: tuple[int, ...], axes: tuple, name: str) -> linear.Linear:
             return linear.Linear(features, axes, True, xavier, self.dtype, name=name)
 
         b, l, d = x.shape
-        parts = linear.constrain_batch(modulation(6, d, self.dtype)(y))
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (parts[:, i] for i in range(6))
+        vectors = linear.constrain_batch(modulation.modulation(6, d, self.dtype)(y))
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.parts(vectors)
 
         heads = (3, self.num_heads, d // self.num_heads)
-        qkv = dense(heads, ("embed", None, "heads", None), "qkv")(modulate(x, shift, scale))
+        qkv = dense(heads, ("embed", None, "heads", None), "qkv")(normalised(x, shift, scale))
         mixed = attention.attend(*(qkv[:, :, i] for i in range(3))).reshape(b, l, d)
-        x = x + gate[:, None] * dense((d,), ("heads", "embed"), "out")(mixed)
+        x = x + gate * dense((d,), ("heads", "embed"), "out")(mixed)
 
-        hidden = dense((self.mlp_ratio * d,), ("embed", "mlp"), "mlp_0")(
-            modulate(x, mlp_shift, mlp_scale)
-        )
+        hidden = (self.mlp_ratio * d,)
+        hidden = dense(hidden, ("embed", "mlp"), "mlp_0")(normalised(x, mlp_shift, mlp_scale))
         hidden = jax.nn.gelu(hidden, approximate=True)
-        x = x + mlp_gate[:, None] * dense((d,), ("mlp", "embed"), "mlp_1")(hidden)
+        x = x + mlp_gate * dense((d,), ("mlp", "embed"), "mlp_1")(hidden)
         return linear.constrain_batch(x), None
 
 
@@ -107,6 +97,18 @@ class DiT(nn.Module):
     def length(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    def no_prompt(self, num_rows: int) -> Int[Array, " b"]:
+        """Rows that ask for nothing."""
+        return jnp.full((num_rows,), self.num_classes, jnp.int32)
+
+    def null(self, prompt: Int[Array, " b"]) -> Int[Array, " b"]:
+        """Labels that mean no class."""
+        return jnp.full_like(prompt, self.num_classes)
+
+    def touch_all(self, prompt: Int[Array, " b"]) -> None:
+        """Runs every part once, for initialisation."""
+        self(jnp.zeros((len(prompt), self.length, self.channels)), jnp.zeros_like(prompt), prompt)
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "b l c"], t: Int[Array, "..."], label: Int[Array, " b"]
@@ -121,7 +123,7 @@ class DiT(nn.Module):
         time = dense(width, (None, "embed"), parameter.normal_init, "time_0")(time)
         time = dense(width, ("embed", "mlp"), parameter.normal_init, "time_1")(jax.nn.silu(time))
         class_embed = linear.Embed(self.num_classes + 1, width, dtype=self.dtype, name="class")
-        y = jax.nn.silu(time + class_embed(label))
+        y = jax.nn.silu(time + class_embed(label))[:, None]
 
         h = dense(width, (None, "embed"), xavier, "input")(x)
         h = h + jnp.asarray(position_table(self.grid, width), h.dtype)
@@ -130,8 +132,8 @@ class DiT(nn.Module):
         )
         h, _ = blocks(self.num_heads, self.mlp_ratio, self.dtype, name="blocks")(h, y)
 
-        parts = linear.constrain_batch(modulation(2, width, self.dtype)(y))
-        h = modulate(h, parts[:, 0], parts[:, 1])
+        vectors = linear.constrain_batch(modulation.modulation(2, width, self.dtype)(y))
+        h = normalised(h, *modulation.parts(vectors))
         output = dense(2 * self.channels, ("embed", None), parameter.zeros_init, "output")(h)
         return output.astype(jnp.float32)
 
@@ -154,57 +156,39 @@ def position_table(grid: tuple[int, int], width: int) -> Float[np.ndarray, "l d"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Generator:
-    """Initialisation and training loss of `DiT`; implements `types.Generator`.
+class Generator(generator.Generator):
+    """Initialisation and training loss of `DiT`; a `types.Generator`.
 
     Attributes:
-      network: The Linen module.
       schedule: Noise process.
-      label_dropout: Chance that a sample is trained without its class.
+
+    And those of `generator.Generator`.
     """
 
-    network: DiT
     schedule: schedule_lib.Schedule
-    label_dropout: float = 0.1
 
-    def init(self, rng: Key[Array, ""]) -> types.Params:
-        """Parameters, boxed with their logical axis names."""
-        latents = jnp.zeros((1, self.network.length, self.network.channels))
-        zero = jnp.zeros((1,), jnp.int32)
-        return self.network.init(rng, latents, zero, zero)["params"]
-
-    def apply(self, params: types.Params, *args: Any) -> Any:
-        """Runs the network."""
-        return self.network.apply({"params": params}, *args)
+    streams = ("prompt", "time", "noise")
 
     def loss(
         self,
         params: types.Params,
         tokens: types.Tokens,
-        label: Int[Array, " b"],
+        prompt: Int[Array, " b"],
         rng: Key[Array, ""],
         *,
         step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, ""], types.Metrics]:
         """Diffusion loss, mse + vb, averaged over tokens; the time is one for each image."""
         del step
-        x0 = tokens.latents
-        if x0 is None:
-            raise ValueError("DiT models latents, and these tokens hold none")
-        drop_rng, time_rng, noise_rng = jax.random.split(rng, 3)
-        dropped = jax.random.bernoulli(drop_rng, self.label_dropout, label.shape)
-        label = jnp.where(dropped, self.network.num_classes, label)
-        t = jax.random.randint(time_rng, label.shape, 0, len(self.schedule.betas))
-        noise = jax.random.normal(noise_rng, x0.shape)
+        rngs, x0 = self.rngs(rng), generator.wanted(tokens, "latents")
+        prompt = self.with_prompts_dropped(prompt, rngs["prompt"])
+        t = jax.random.randint(rngs["time"], prompt.shape, 0, len(self.schedule.betas))
+        noise = jax.random.normal(rngs["noise"], x0.shape)
         t_of_tokens = jnp.broadcast_to(t[:, None], x0.shape[:-1])
         x = gaussian.q_sample(x0, t_of_tokens, noise, schedule=self.schedule)
-        output = self.apply(params, x, t, label)
-        losses = gaussian.loss(output, x0, x, t_of_tokens, noise, schedule=self.schedule)
-        mse, vb = (jnp.mean(loss) for loss in losses)
-        total = mse + vb
-        return total, {
-            "loss": total,
-            "diffusion/mse": mse,
-            "diffusion/vb": vb,
-            "loss_diffusion": total,
-        }
+        output = self.apply(params, x, t, prompt)
+        parts = gaussian.loss(output, x0, x, t_of_tokens, noise, schedule=self.schedule)
+        mse, vb = (jnp.mean(part) for part in parts)
+        loss = mse + vb
+        metrics = {"diffusion/mse": mse, "diffusion/vb": vb, "loss_diffusion": loss, "loss": loss}
+        return loss, metrics

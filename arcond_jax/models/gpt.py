@@ -10,7 +10,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from arcond_jax.nn import attention, causal, linear, mlp, norm, rope, stack
 
@@ -44,6 +44,7 @@ class Block(nn.Module):
         carry: tuple[Float[Array, "b l d"], attention.Cache | None],
         layer: Int[Array, ""],
         table: Float[Array, "l pairs 2"],
+        visible: Bool[Array, "b places"] | None,
     ) -> tuple[tuple[Float[Array, "b l d"], attention.Cache | None], None]:
         x, cache = carry
         b, l, d = x.shape
@@ -73,6 +74,7 @@ class Block(nn.Module):
             values,
             cache,
             layer,
+            visible=visible,
             dropout=nn.Dropout(self.attention_dropout, deterministic=deterministic),
         )
         y = y.reshape(b, l, d)
@@ -129,9 +131,15 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], cache: attention.Cache | None = None
+        self,
+        x: Float[Array, "b l d"],
+        cache: attention.Cache | None = None,
+        visible: Bool[Array, "b places"] | None = None,
     ) -> tuple[Float[Array, "b l d"], attention.Cache | None]:
-        """Runs the tokens after those in `cache`; without a cache, from the first position on."""
+        """Runs the tokens after those in `cache`; without a cache, from the first place on.
+
+        `visible` is False at places that only they themselves may see; None for none.
+        """
         table = jnp.asarray(
             rope.rope_table(self.grid, self.width // self.num_heads, num_prefix=self.num_prefix)
         )
@@ -143,7 +151,7 @@ class GPT(nn.Module):
             depth=self.depth,
             remat=self.remat,
             unroll=self.unroll,
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
         )(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads or self.num_heads,
@@ -154,7 +162,8 @@ class GPT(nn.Module):
             dtype=self.dtype,
             name="blocks",
         )
-        (x, cache), _ = blocks((x.astype(self.dtype), cache), jnp.arange(self.depth), table)
+        layers = jnp.arange(self.depth)
+        (x, cache), _ = blocks((x.astype(self.dtype), cache), layers, table, visible)
         if cache is not None:
             cache = dataclasses.replace(cache, index=cache.index + x.shape[1])
         return x, cache

@@ -9,21 +9,12 @@ Source: Luo et al. (2024), "Open-MAGVIT2"; TencentARC/SEED-Voken,
 src/Open_MAGVIT2/modules/transformer/gpt.py.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any
-
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from arcond_jax import types
-from arcond_jax.models import gpt
-from arcond_jax.nn import attention, linear, norm, parameter
+from arcond_jax.models import causal, prompted
+from arcond_jax.nn import linear, norm, parameter
 
 # configs/Open-MAGVIT2/gpu/imagenet_conditional_llama_{B,L,XL}.yaml.
 SIZES = {
@@ -34,34 +25,33 @@ SIZES = {
 FACTOR_SIZES = (2**6, 2**12)  # `factorized_bits` of the same files
 
 
-class MAGVIT2(nn.Module):
-    """The network; its loss is in `Generator`, its sampling loop `sampling.codes.CodeSampler`.
+class MAGVIT2(prompted.Prompted, kw_only=True):
+    """The network, a `types.CausalModel` of codes; its loss is in `Generator`.
+
+    The blocks over factors share the backbone's dropouts; the official recipe has `dropout` 0.1
+    (`resid_dropout_p` of the configs, `ffn_dropout_p` of gpt.py), none of attention weights, and
+    `token_dropout` 0.1.
 
     Attributes:
-      backbone: Unbound stack of causal blocks with a prefix of one, the class. The blocks over
-        factors share its dropouts; the official recipe has `dropout` 0.1 (`resid_dropout_p` of the
-        configs, `ffn_dropout_p` of gpt.py) and none of attention weights.
-      num_classes: Classes; id `num_classes` means none.
       factor_sizes: Values of each factor of a code, the lowest bits first.
       intra_depth: Blocks over the factors of one code.
-      token_dropout: In training, of the embedded tokens, the class included.
+
+    And those of `prompted.Prompted`.
     """
 
-    backbone: gpt.GPT
-    num_classes: int
     factor_sizes: tuple[int, ...] = FACTOR_SIZES
     intra_depth: int = 2
-    token_dropout: float = 0.1
 
     def setup(self) -> None:
+        super().setup()
         width, dtype = self.backbone.width, self.backbone.dtype
-        self.class_embed = linear.Embed(self.num_classes + 1, width, dtype=dtype)
         self.factor_embed = [linear.Embed(size, width, dtype=dtype) for size in self.factor_sizes]
-        self.drop = nn.Dropout(self.token_dropout)
-        self.trunk = self.backbone.clone()
         # The condition has the positions of the class token, the factors those of the first row.
         self.intra = self.backbone.clone(
-            depth=self.intra_depth, grid=(1, len(self.factor_sizes) - 1), unroll=1
+            depth=self.intra_depth,
+            grid=(1, len(self.factor_sizes) - 1),
+            num_prefix=1,
+            unroll=self.intra_depth if self.unrolled else 1,
         )
         self.final_norm = norm.RMSNorm()
         self.factor_head = [
@@ -72,88 +62,45 @@ class MAGVIT2(nn.Module):
         ]
 
     @property
-    def length(self) -> int:
-        return self.backbone.grid[0] * self.backbone.grid[1]
+    def channels(self) -> None:
+        """There are no latents."""
+        return None
 
-    @property
-    def num_codes(self) -> int:
-        """Ids there are."""
-        return math.prod(self.factor_sizes)
+    def condition(
+        self, h: Float[Array, "b n d"], about: Int[Array, "*b n"]
+    ) -> Float[Array, "b n d"]:
+        """The output of the trunk; what is drawn from it normalises for itself."""
+        del about
+        return h
 
-    def null(self, label: Int[Array, " b"]) -> Int[Array, " b"]:
-        """Labels that mean no class."""
-        return jnp.full_like(label, self.num_classes)
+    def embed(self, token: types.Token, at: Int[Array, "*b n_plus_1"]) -> Float[Array, "b n d"]:
+        """Vectors of the codes; where they lie is the trunk's business."""
+        del at
+        assert token.codes is not None
+        return self.code_vectors(token.codes[..., 0, :])
 
-    def split(self, codes: Int[Array, "*n"]) -> Int[Array, "*n factors"]:
-        """Factors of an id; for powers of two what `tokenizers.lfq.factorize` gives."""
-        strides = self._strides()
-        return (codes[..., None] // strides) % np.array(self.factor_sizes, np.int32)
-
-    def join(self, factors: Int[Array, "*n factors"]) -> Int[Array, "*n"]:
-        """Undoes `split`."""
-        return jnp.sum(factors * self._strides(), axis=-1, dtype=factors.dtype)
-
-    def teacher_forced(
-        self, factors: Int[Array, "b l factors"], label: Int[Array, " b"]
-    ) -> Float[Array, "b l d"]:
-        """Conditions of all positions from real prefixes."""
-        x = jnp.concatenate([self._class_token(label), self._embed(factors[:, :-1])], axis=1)
-        return self.trunk(self.drop(x, deterministic=not self.has_rng("dropout")))[0]
-
-    def start(self, label: Int[Array, " b"]) -> tuple[Float[Array, "b d"], attention.Cache]:
-        """Condition of the first position, and the cache it leaves."""
-        return self._next(self._class_token(label), self.backbone.empty_cache(label.shape[0]))
-
-    def advance(
-        self,
-        factors: Int[Array, "b factors"],
-        position: Int[Array, ""],
-        label: Int[Array, " b"],
-        cache: attention.Cache,
-    ) -> tuple[Float[Array, "b d"], attention.Cache]:
-        """Condition of the position after the one whose factors are given."""
-        del position, label  # the cache knows both
-        return self._next(self._embed(factors[:, None]), cache)
+    def code_vectors(self, codes: Int[Array, "*n factors"]) -> Float[Array, "*n d"]:
+        """The vectors of the factors, added."""
+        parts = [embed(codes[..., i]) for i, embed in enumerate(self.factor_embed)]
+        return sum(parts[1:], start=parts[0])
 
     def factor_logits(
-        self, cond: Float[Array, "*n d"], factors: Int[Array, "*n i"]
+        self, row: Float[Array, "*n d"], factors: Int[Array, "*n i"]
     ) -> Float[Array, "*n v"]:
         """Logits of the factor that follows the given ones.
 
         The few tokens before it are run again: their cache would cost as many passes over the
         weights.
         """
-        rows = self._intra_rows(cond, factors)
+        rows = self._intra_rows(row, factors)
         return self._head(rows[..., -1, :], factors.shape[-1])
 
     def all_factor_logits(
-        self, cond: Float[Array, "*n d"], factors: Int[Array, "*n factors"]
+        self, row: Float[Array, "*n d"], factors: Int[Array, "*n factors"]
     ) -> list[Float[Array, "*n v"]]:
         """Logits of every factor given the real ones before it."""
-        rows = self._intra_rows(cond, factors[..., :-1])
+        rows = self._intra_rows(row, factors[..., :-1])
         return [self._head(rows[..., i, :], i) for i in range(len(self.factor_sizes))]
-
-    def touch_all(self, label: Int[Array, " b"]) -> None:
-        """Runs every part once, for initialisation."""
-        factors = jnp.zeros((label.shape[0], self.length, len(self.factor_sizes)), jnp.int32)
-        self.all_factor_logits(self.teacher_forced(factors, label), factors)
-
-    def _strides(self) -> Int[np.ndarray, " factors"]:
-        return np.cumprod([1, *self.factor_sizes[:-1]], dtype=np.int32)
-
-    def _class_token(self, label: Int[Array, " b"]) -> Float[Array, "b 1 d"]:
-        return self.class_embed(label)[:, None]
-
-    def _embed(self, factors: Int[Array, "b n factors"]) -> Float[Array, "b n d"]:
-        parts = [embed(factors[..., i]) for i, embed in enumerate(self.factor_embed)]
-        return sum(parts[1:], start=parts[0])
-
-    def _next(
-        self, x: Float[Array, "b 1 d"], cache: attention.Cache
-    ) -> tuple[Float[Array, "b d"], attention.Cache]:
-        cond, filled = self.trunk(x, cache)
-        assert filled is not None
-        return cond[:, 0], filled
 
     def _intra_rows(
         self, cond: Float[Array, "*n d"], factors: Int[Array, "*n i"]
@@ -167,80 +114,7 @@ class MAGVIT2(nn.Module):
         return self.factor_head[i](row).astype(jnp.float32)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Generator:
-    """Initialisation and training loss of `MAGVIT2`; implements `types.Generator`.
+class Generator(causal.Generator):
+    """The training of every causal model, with random streams in an order of its own."""
 
-    Attributes:
-      network: The Linen module.
-      label_dropout: Chance that a sample is trained without its class.
-    """
-
-    network: MAGVIT2
-    label_dropout: float = 0.1
-
-    def init(self, rng: Key[Array, ""]) -> types.Params:
-        """Parameters, boxed with their logical axis names."""
-        label = jnp.zeros((1,), jnp.int32)
-        return self.network.init(rng, label, method=MAGVIT2.touch_all)["params"]
-
-    def apply(self, params: types.Params, *args: Any, method: Callable, **options: Any) -> Any:
-        """Runs a method of the network."""
-        return self.network.apply({"params": params}, *args, method=method, **options)
-
-    def loss(
-        self,
-        params: types.Params,
-        tokens: types.Tokens,
-        label: Int[Array, " b"],
-        rng: Key[Array, ""],
-        *,
-        step: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, ""], types.Metrics]:
-        """Cross-entropy in nats, averaged over positions and summed over factors."""
-        del step
-        drop_rng, dropout_rng = jax.random.split(rng)
-        dropped = jax.random.bernoulli(drop_rng, self.label_dropout, label.shape)
-        label = jnp.where(dropped, self.network.num_classes, label)
-        factors = self.network.split(_codes(tokens))
-        logits = self.logits(params, factors, label, rngs={"dropout": dropout_rng})
-        parts = [
-            jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x, factors[..., i]))
-            for i, x in enumerate(logits)
-        ]
-        total = sum(parts[1:], start=parts[0])
-        return total, {"loss": total} | {
-            f"cross_entropy/factor_{i}": part for i, part in enumerate(parts)
-        }
-
-    def logits(
-        self,
-        params: types.Params,
-        factors: Int[Array, "b l factors"],
-        label: Int[Array, " b"],
-        **options: Any,
-    ) -> list[Float[Array, "b l v"]]:
-        """Logits of every factor of every position from real prefixes."""
-
-        def run(network: MAGVIT2) -> list[Float[Array, "b l v"]]:
-            return network.all_factor_logits(network.teacher_forced(factors, label), factors)
-
-        return self.apply(params, method=run, **options)
-
-    def conditions(
-        self,
-        params: types.Params,
-        tokens: types.Tokens,
-        label: Int[Array, " b"],
-        rng: Key[Array, ""] | None = None,
-    ) -> Float[Array, "b l d"]:
-        """Conditions of all positions, as sampling sees them; nothing is drawn."""
-        del rng
-        factors = self.network.split(_codes(tokens))
-        return self.apply(params, factors, label, method=MAGVIT2.teacher_forced)
-
-
-def _codes(tokens: types.Tokens) -> Int[Array, "b l"]:
-    if tokens.codes is None:
-        raise ValueError("Open-MAGVIT2 models codes, and these tokens hold none")
-    return tokens.codes
+    streams = ("prompt", "dropout", "windows", "latents")

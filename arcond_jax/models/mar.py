@@ -11,7 +11,6 @@ models/mar.py. Its orders run the other way (positions listed first stay masked 
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,9 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key
 
 from arcond_jax import types
-from arcond_jax.diffusion import gaussian
 from arcond_jax.diffusion import schedule as schedule_lib
-from arcond_jax.models import diffusion_head
+from arcond_jax.models import diffusion_head, generator, losses
 from arcond_jax.nn import attention, linear, mlp, norm, parameter, stack
 
 # Of encoder and of decoder, and the denoising MLP of the released weights: models/mar.py,
@@ -196,6 +194,14 @@ class MAR(nn.Module):
     ) -> Float[Array, "*n two_c"]:
         return self.denoiser(x, t, cond)
 
+    def no_prompt(self, num_rows: int) -> Int[Array, " b"]:
+        """Rows that ask for nothing."""
+        return jnp.full((num_rows,), self.num_classes, jnp.int32)
+
+    def null(self, prompt: Int[Array, " b"]) -> Int[Array, " b"]:
+        """Labels that mean no class."""
+        return jnp.full_like(prompt, self.num_classes)
+
     def touch_all(self, label: Int[Array, " b"]) -> None:
         """Runs every part once, for initialisation."""
         order = jnp.broadcast_to(jnp.arange(self.length), (label.shape[0], self.length))
@@ -232,61 +238,47 @@ class MAR(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Generator:
-    """Initialisation and training loss of `MAR`; implements `types.Generator`.
+class Generator(generator.Generator):
+    """Initialisation and training loss of `MAR`; a `types.Generator`.
 
     Attributes:
-      network: The Linen module.
       schedule: Noise process of the diffusion loss.
-      slot_starts: How many tokens are visible at each decoding step, for `conditions`.
-      label_dropout: Chance that a sample is trained without its class.
       num_copies: Times each position is noised anew per step (MAR's diffusion_batch_mul).
       mask_rate_min: Least share of positions that are masked, in (0, 1).
+
+    And those of `generator.Generator`.
     """
 
-    network: MAR
     schedule: schedule_lib.Schedule
-    slot_starts: tuple[int, ...] = (0,)
-    label_dropout: float = 0.1
     num_copies: int = 4
     mask_rate_min: float = 0.7
+
+    streams = ("order", "mask_rate", "prompt", "dropout", "head")
 
     def __post_init__(self) -> None:
         if not 0.0 < self.mask_rate_min < 1.0:
             raise ValueError(f"mask_rate_min {self.mask_rate_min} must be between 0 and 1")
 
-    def init(self, rng: Key[Array, ""]) -> types.Params:
-        """Parameters, boxed with their logical axis names."""
-        label = jnp.zeros((1,), jnp.int32)
-        return self.network.init(rng, label, method=MAR.touch_all)["params"]
-
-    def apply(self, params: types.Params, *args: Any, method: Callable, **options: Any) -> Any:
-        """Runs a method of the network."""
-        return self.network.apply({"params": params}, *args, method=method, **options)
-
     def loss(
         self,
         params: types.Params,
         tokens: types.Tokens,
-        label: Int[Array, " b"],
+        prompt: Int[Array, " b"],
         rng: Key[Array, ""],
         *,
         step: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, ""], types.Metrics]:
         """Diffusion loss, mse + vb, averaged over masked positions."""
         del step
-        latents = _latents(tokens)
-        order_rng, rate_rng, drop_rng, dropout_rng, head_rng = jax.random.split(rng, 5)
-        dropped = jax.random.bernoulli(drop_rng, self.label_dropout, label.shape)
-        label = jnp.where(dropped, self.network.num_classes, label)
-        order = random_orders(order_rng, latents.shape[0], self.network.length)
+        rngs, latents = self.rngs(rng), generator.wanted(tokens, "latents")
+        prompt = self.with_prompts_dropped(prompt, rngs["prompt"])
+        order = random_orders(rngs["order"], latents.shape[0], self.network.length)
         latents = in_order(latents, order)
-        num_visible = self._num_visible(rate_rng)
-        cond = self.teacher_forced(
-            params, latents, order, label, num_visible, rngs={"dropout": dropout_rng}
-        )
+        num_visible = self._num_visible(rngs["mask_rate"])
+        dropout = {"dropout": rngs["dropout"]}
+        cond = self.teacher_forced(params, latents, order, prompt, num_visible, rngs=dropout)
         masked = jnp.arange(self.network.length) >= num_visible
-        time_rng, noise_rng = jax.random.split(head_rng)
+        time_rng, noise_rng = jax.random.split(rngs["head"])
         shape = (self.num_copies, *latents.shape)
         t = jax.random.randint(time_rng, shape[:-1], 0, len(self.schedule.betas))
         noise = jax.random.normal(noise_rng, shape)
@@ -337,36 +329,40 @@ class Generator:
         noise: Float[Array, "copies b l c"],
     ) -> tuple[Float[Array, "copies b l"], Float[Array, "copies b l"]]:
         """Squared error of the noise and variational term of every position and copy."""
-        x0 = jnp.broadcast_to(latents, noise.shape)
-        x = gaussian.q_sample(x0, t, noise, schedule=self.schedule)
-        cond = jnp.broadcast_to(cond, (*noise.shape[:-1], cond.shape[-1]))
-        output = self.apply(params, x, t, cond, method=MAR.denoise)
-        return gaussian.loss(output, x0, x, t, noise, schedule=self.schedule)
+
+        def apply(*args: Any, **options: Any) -> Any:
+            return self.apply(params, *args, **options)
+
+        return losses.diffusion_losses(apply, cond, latents, t, noise, schedule=self.schedule)
 
     def conditions(
         self,
         params: types.Params,
         tokens: types.Tokens,
-        label: Int[Array, " b"],
+        prompt: Int[Array, " b"],
         rng: Key[Array, ""],
+        *,
+        starts: Int[Array, " s"],
     ) -> Float[Array, "b s d"]:
-        """What a decoding step sees after a real prefix: one position due in each step.
+        """What decoding steps see after a real prefix: one position due in each.
 
         The order is random, so any position that is due has the same law.
+
+        Args:
+          starts: How many tokens are visible at each step.
         """
-        latents = _latents(tokens)
+        latents = generator.wanted(tokens, "latents")
         order = random_orders(rng, latents.shape[0], self.network.length)
         latents = in_order(latents, order)
 
-        def one_slot(num_visible: Int[Array, ""]) -> Float[Array, "b d"]:
+        def one_step(num_visible: Int[Array, ""]) -> Float[Array, "b d"]:
             def run(network: MAR) -> Float[Array, "b 1 d"]:
-                encoded = network.encode(latents, order, label, num_visible)
+                encoded = network.encode(latents, order, prompt, num_visible)
                 return network.decode(encoded, order, num_visible, num_visible, 1)
 
             return self.apply(params, method=run)[:, 0]
 
-        slots = jax.lax.map(one_slot, jnp.asarray(self.slot_starts))
-        return jnp.moveaxis(slots, 0, 1)
+        return jnp.moveaxis(jax.lax.map(one_step, starts), 0, 1)
 
     def _num_visible(self, rng: Key[Array, ""]) -> Int[Array, ""]:
         """One number for the batch: its mask rate is normal around 1, cut to [min, 1]."""
@@ -390,9 +386,3 @@ def in_order(tokens: Float[Array, "b l c"], order: Int[Array, "b l"]) -> Float[A
 def in_grid(tokens: Float[Array, "b l c"], order: Int[Array, "b l"]) -> Float[Array, "b l c"]:
     """Tokens in generation order back on the grid, undoing `in_order`."""
     return jnp.take_along_axis(tokens, jnp.argsort(order, axis=-1)[..., None], axis=1)
-
-
-def _latents(tokens: types.Tokens) -> Float[Array, "b l c"]:
-    if tokens.latents is None:
-        raise ValueError("MAR models latents, and these tokens hold none")
-    return tokens.latents

@@ -11,17 +11,16 @@ fed between them.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from arcond_jax import types
-from arcond_jax.nn import attention, causal, linear, mlp, norm, parameter, stack
+from arcond_jax.models import causal
+from arcond_jax.nn import attention, linear, mlp, modulation, norm, parameter, stack
+from arcond_jax.nn import causal as causal_attention
 
 # README_RAR.md, "Testing on ImageNet-1K Benchmark"; RAR (2024), table 1.
 SIZES = {
@@ -34,23 +33,6 @@ SIZES = {
 PREFIX = 2  # tokens before the codes: the start and the class
 # Rows of the released tables beyond those that are used.
 SPARE_POSITIONS, SPARE_MODULATORS = 1024 - PREFIX, 100 - PREFIX
-
-
-def modulate(
-    x: Float[Array, "b l d"], shift: Float[Array, "b l d"], scale: Float[Array, "b l d"]
-) -> Float[Array, "b l d"]:
-    """Shifts and scales each normalised token on its own."""
-    return x * (1.0 + scale) + shift
-
-
-def modulation(num: int, width: int, dtype: DTypeLike, name: str | None = None) -> linear.Linear:
-    """Map of what modulates to `num` vectors, zero at first (adaLN-zero).
-
-    Its output must be constrained to the batch axes. Left cut over a tensor axis it is multiplied
-    with the wrong pieces on meshes that cut the batch too (seen with jaxlib 0.10.2).
-    """
-    axes = ("embed", None, "mlp")
-    return linear.Linear((num, width), axes, True, parameter.zeros_init, dtype, name=name)
 
 
 class Block(nn.Module):
@@ -75,12 +57,13 @@ class Block(nn.Module):
         x, cache = carry
         b, l, d = x.shape
         deterministic = not self.has_rng("dropout")
-        parts = linear.constrain_batch(modulation(6, d, self.dtype, name="modulation")(modulator))
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (parts[..., i, :] for i in range(6))
+        vectors = linear.constrain_batch(modulation.modulation(6, d, self.dtype)(modulator))
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.parts(vectors)
 
         features = (3, self.num_heads, d // self.num_heads)
         axes = ("embed", None, "heads", None)
-        y = modulate(norm.LayerNorm(name="attention_norm")(x), shift, scale)
+        y = norm.LayerNorm(name="attention_norm")(x)
+        y = modulation.modulate(y, shift, scale)
         qkv = linear.Linear(features, axes, True, dtype=self.dtype, name="qkv")(y)
         queries, keys, values = (qkv[..., i, :, :] for i in range(3))
         queries = norm.LayerNorm(name="query_norm")(queries)
@@ -88,12 +71,12 @@ class Block(nn.Module):
         drop = None
         if self.attention_dropout and not deterministic:
             drop = nn.Dropout(self.attention_dropout, deterministic=False)
-        y, cache = causal.attend(queries, keys, values, cache, layer, dropout=drop)
+        y, cache = causal_attention.attend(queries, keys, values, cache, layer, dropout=drop)
         y = y.reshape(b, l, d)
         y = linear.Linear((d,), ("heads", "embed"), True, dtype=self.dtype, name="out")(y)
         x = x + gate * nn.Dropout(self.dropout, deterministic=deterministic)(y)
 
-        y = modulate(norm.LayerNorm(name="mlp_norm")(x), mlp_shift, mlp_scale)
+        y = modulation.modulate(norm.LayerNorm(name="mlp_norm")(x), mlp_shift, mlp_scale)
         y = mlp.GeluMLP(
             d, self.mlp_hidden, True, dropout=self.dropout, dtype=self.dtype, name="mlp"
         )(y)
@@ -101,7 +84,7 @@ class Block(nn.Module):
 
 
 class RAR(nn.Module):
-    """The network; its loss is in `Generator`, its sampling loop `sampling.codes.CodeSampler`.
+    """The network, a `types.CausalModel` of codes; its loss is in `Generator`.
 
     Attributes:
       grid: Rows and columns of the token grid.
@@ -128,8 +111,8 @@ class RAR(nn.Module):
     def setup(self) -> None:
         length = PREFIX + self.length
         self.start_token = self._table("start_token", (self.width,), parameter.zeros_init)
-        self.embed = linear.Embed(
-            self.num_codes + 1 + self.num_classes + 1, self.width, dtype=self.dtype
+        self.code_embed = linear.Embed(
+            self.num_codes + 1 + self.num_classes + 1, self.width, dtype=self.dtype, name="embed"
         )
         self.position = self._table("position", (length + SPARE_POSITIONS, self.width))
         self.next_position = self._table("next_position", (length + SPARE_POSITIONS, self.width))
@@ -151,7 +134,7 @@ class RAR(nn.Module):
             dtype=self.dtype,
         )
         self.final_norm = norm.LayerNorm(use_affine=False)
-        self.final_modulation = modulation(2, self.width, self.dtype)
+        self.final_modulation = modulation.modulation(2, self.width, self.dtype, name=None)
         self.code_head = linear.Linear(
             (self.num_codes,), ("embed", "vocab"), True, dtype=self.dtype
         )
@@ -161,108 +144,99 @@ class RAR(nn.Module):
         return self.grid[0] * self.grid[1]
 
     @property
+    def window(self) -> int:
+        return 1
+
+    @property
     def factor_sizes(self) -> tuple[int, ...]:
         """A code is drawn whole."""
         return (self.num_codes,)
 
-    def null(self, label: Int[Array, " b"]) -> Int[Array, " b"]:
+    @property
+    def channels(self) -> None:
+        """There are no latents."""
+        return None
+
+    @property
+    def unrolled(self) -> bool:
+        return self.unroll >= self.depth
+
+    def no_prompt(self, num_rows: int) -> Int[Array, " b"]:
+        """Rows that ask for nothing."""
+        return jnp.full((num_rows,), self.num_classes, jnp.int32)
+
+    def null(self, prompt: Int[Array, " b"]) -> Int[Array, " b"]:
         """Labels that mean no class."""
-        return jnp.full_like(label, self.num_classes)
+        return jnp.full_like(prompt, self.num_classes)
 
-    def teacher_forced(
-        self, codes: Int[Array, "b n"], order: Int[Array, "b l"], label: Int[Array, " b"]
-    ) -> Float[Array, "b n_plus_1 d"]:
-        """Conditions of the first n + 1 positions visited, from real prefixes.
-
-        Args:
-          codes: The first n, in the order they are visited; with all of them, the last condition is
-            of a position that does not exist.
-          order: Grid position of the i-th code visited.
-        """
-        return self._run(self._sequence(codes, order, label), label, None)[0][:, 1:]
-
-    def start(self, label: Int[Array, " b"]) -> tuple[Float[Array, "b d"], attention.Cache]:
-        """Condition of the first position in raster order, and the cache it leaves."""
-        b = label.shape[0]
-        cache = attention.empty_cache(
+    def empty_cache(self, prompt: Int[Array, " b"]) -> attention.Cache:
+        return attention.empty_cache(
             depth=self.depth,
-            batch=b,
+            batch=len(prompt),
             length=PREFIX + self.length,
             kv_heads=self.num_heads,
             head_dim=self.width // self.num_heads,
             dtype=self.dtype,
         )
-        order = raster_orders(b, self.length)
-        x = self._sequence(jnp.zeros((b, 0), jnp.int32), order, label)
-        cond, cache = self._run(x, label, cache)
-        assert cache is not None
-        return cond[:, -1], cache
+
+    def prefix(
+        self, prompt: Int[Array, " b"], at: Int[Array, "*b 1"]
+    ) -> tuple[Float[Array, "b 2 d"], Int[Array, "*b 2"]]:
+        """The start and the class, which is told the first position."""
+        start = jnp.broadcast_to(self.start_token.astype(self.dtype), (len(prompt), 1, self.width))
+        places = self.position[:PREFIX].astype(self.dtype)
+        label = self._class_row(prompt) + places[1] + self._rows(self.next_position, at)
+        x = jnp.concatenate([start + places[0], label], axis=1)
+        return x, jnp.concatenate([jnp.full_like(at, -1), at], axis=-1)
+
+    def embed(self, token: types.Token, at: Int[Array, "*b n_plus_1"]) -> Float[Array, "b n d"]:
+        """Codes, each told its position and the next one."""
+        assert token.codes is not None
+        x = self.code_vectors(token.codes[..., 0, :]) + self._rows(self.position, at[..., :-1])
+        return x + self._rows(self.next_position, at[..., 1:])
 
     def advance(
         self,
-        factors: Int[Array, "b 1"],
-        position: Int[Array, ""],
-        label: Int[Array, " b"],
-        cache: attention.Cache,
-    ) -> tuple[Float[Array, "b d"], attention.Cache]:
-        """Condition of the position after `position`, whose code is given, in raster order."""
-        x = self.embed(factors) + self._rows(self.position, position)
-        x = x + self._rows(self.next_position, position + 1)
-        cond, filled = self._run(x, label, cache)
-        assert filled is not None
-        return cond[:, 0], filled
-
-    def factor_logits(
-        self, cond: Float[Array, "*n d"], factors: Int[Array, "*n i"]
-    ) -> Float[Array, "*n v"]:
-        """Logits of the code; there is no factor before it."""
-        del factors
-        return self.code_head(cond).astype(jnp.float32)
-
-    def join(self, factors: Int[Array, "*n 1"]) -> Int[Array, "*n"]:
-        """The code is its only factor."""
-        return factors[..., 0]
-
-    def touch_all(self, label: Int[Array, " b"]) -> None:
-        """Runs every part once, for initialisation."""
-        order = raster_orders(label.shape[0], self.length)
-        cond = self.teacher_forced(jnp.zeros_like(order), order, label)
-        self.factor_logits(cond, jnp.zeros((*cond.shape[:-1], 0), jnp.int32))
-
-    def _class_row(self, label: Int[Array, " b"]) -> Float[Array, "b 1 d"]:
-        return self.embed(self.num_codes + 1 + label)[:, None]
-
-    def _sequence(
-        self, codes: Int[Array, "b n"], order: Int[Array, "b l"], label: Int[Array, " b"]
-    ) -> Float[Array, "b m d"]:
-        """The prefix and the codes, each told its position and the next one."""
-        b, n = codes.shape
-        start = jnp.broadcast_to(self.start_token.astype(self.dtype), (b, 1, self.width))
-        x = jnp.concatenate([start, self._class_row(label), self.embed(codes)], axis=1)
-        of_prefix = jnp.broadcast_to(self.position[:PREFIX], (b, PREFIX, self.width))
-        of_codes = self._rows(self.position, order[:, :n])
-        x = x + jnp.concatenate([of_prefix.astype(x.dtype), of_codes], axis=1)
-        # The class is told the first position; the start, and a last code, none.
-        told = self._rows(self.next_position, order[:, : n + 1])
-        rest = n + PREFIX - 1 - told.shape[1]
-        return x + jnp.pad(told, ((0, 0), (1, rest), (0, 0)))
-
-    def _run(
-        self,
-        x: Float[Array, "b m d"],
-        label: Int[Array, " b"],
+        x: Float[Array, "b n d"],
+        about: Int[Array, "*b n"],
+        prompt: Int[Array, " b"],
         cache: attention.Cache | None,
-    ) -> tuple[Float[Array, "b m d"], attention.Cache | None]:
-        """The tokens after those in `cache`, to conditions."""
+    ) -> tuple[Float[Array, "b n d"], attention.Cache | None]:
+        """The tokens after those in `cache`, to conditions; they know what they are about."""
+        del about
         first = jnp.zeros((), jnp.int32) if cache is None else cache.index
         places = jax.lax.dynamic_slice_in_dim(self.modulator_position, first, x.shape[1])
-        modulator = jax.nn.silu(self._class_row(label) + places.astype(self.dtype))
+        modulator = jax.nn.silu(self._class_row(prompt) + places.astype(self.dtype))
         (x, cache), _ = self.blocks((x, cache), jnp.arange(self.depth), modulator)
         if cache is not None:
             cache = dataclasses.replace(cache, index=cache.index + x.shape[1])
-        parts = linear.constrain_batch(self.final_modulation(modulator))
-        # Scale before shift, other than in the blocks.
-        return modulate(self.final_norm(x), parts[..., 1, :], parts[..., 0, :]), cache
+        vectors = linear.constrain_batch(self.final_modulation(modulator))
+        scale, shift = modulation.parts(vectors)  # in this order, other than in the blocks
+        return modulation.modulate(self.final_norm(x), shift, scale), cache
+
+    def rows(self, cond: Float[Array, "*n d"], num_entries: int) -> Float[Array, "*n w d"]:
+        """The condition itself: the window is one code."""
+        del num_entries
+        return cond[..., None, :]
+
+    def factor_logits(
+        self, row: Float[Array, "*n d"], factors: Int[Array, "*n i"]
+    ) -> Float[Array, "*n v"]:
+        """Logits of the code; there is no factor before it."""
+        del factors
+        return self.code_head(row).astype(jnp.float32)
+
+    def all_factor_logits(
+        self, row: Float[Array, "*n d"], factors: Int[Array, "*n 1"]
+    ) -> list[Float[Array, "*n v"]]:
+        """The same, in a list of one."""
+        return [self.factor_logits(row, factors)]
+
+    def code_vectors(self, codes: Int[Array, "*n 1"]) -> Float[Array, "*n d"]:
+        return self.code_embed(codes[..., 0])
+
+    def _class_row(self, label: Int[Array, " b"]) -> Float[Array, "b 1 d"]:
+        return self.code_embed(self.num_codes + 1 + label)[:, None]
 
     def _rows(self, table: Array, places: Int[Array, "*n"]) -> Float[Array, "*n d"]:
         """Rows of a position table for positions of the grid."""
@@ -279,23 +253,23 @@ class RAR(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Generator:
-    """Initialisation and training loss of `RAR`; implements `types.Generator`.
+class Generator(causal.Generator):
+    """Training in random orders that are annealed to raster order.
 
     Attributes:
-      network: The Linen module.
-      label_dropout: Chance that a sample is trained without its class.
       shuffle_start, shuffle_stop: Training steps between which the share of samples visited in a
         random order falls from 1 to 0, the rest being in raster order; None keeps it at 1.
+
+    And those of `causal.Generator`.
 
     Raises:
       ValueError: one of the two steps alone, or a stop that is not after the start.
     """
 
-    network: RAR
-    label_dropout: float = 0.1
     shuffle_start: int | None = None
     shuffle_stop: int | None = None
+
+    streams = ("orders", "rate", "prompt", "dropout", "windows", "latents")
 
     def __post_init__(self) -> None:
         start, stop = self.shuffle_start, self.shuffle_stop
@@ -304,78 +278,23 @@ class Generator:
         if start is not None and stop is not None and start >= stop:
             raise ValueError(f"shuffle_start {start} must be less than shuffle_stop {stop}")
 
-    def init(self, rng: Key[Array, ""]) -> types.Params:
-        """Parameters, boxed with their logical axis names."""
-        label = jnp.zeros((1,), jnp.int32)
-        return self.network.init(rng, label, method=RAR.touch_all)["params"]
-
-    def apply(self, params: types.Params, *args: Any, method: Callable, **options: Any) -> Any:
-        """Runs a method of the network."""
-        return self.network.apply({"params": params}, *args, method=method, **options)
-
-    def loss(
-        self,
-        params: types.Params,
-        tokens: types.Tokens,
-        label: Int[Array, " b"],
-        rng: Key[Array, ""],
-        *,
-        step: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, ""], types.Metrics]:
-        """Mean cross-entropy in nats of every code after those visited before it."""
-        codes = _codes(tokens)
-        order_rng, rate_rng, drop_rng, dropout_rng = jax.random.split(rng, 4)
-        dropped = jax.random.bernoulli(drop_rng, self.label_dropout, label.shape)
-        label = jnp.where(dropped, self.network.num_classes, label)
-        shuffled = jax.random.bernoulli(rate_rng, self._shuffle_rate(step), label.shape)
-        order = jnp.where(
+    def visited(
+        self, num_rows: int, rngs: dict[str, Key[Array, ""]], step: Int[Array, ""] | int
+    ) -> tuple[Int[Array, "b l"], types.Metrics]:
+        """Positions in the order each row visits them, and the share of random orders."""
+        shape = (num_rows, self.network.length)
+        shuffled = jax.random.bernoulli(rngs["rate"], self._shuffle_rate(step), shape[:1])
+        at = jnp.where(
             shuffled[:, None],
-            jnp.argsort(jax.random.uniform(order_rng, codes.shape), axis=-1),
-            raster_orders(*codes.shape),
+            jnp.argsort(jax.random.uniform(rngs["orders"], shape), axis=-1),
+            jnp.arange(self.network.length),
         )
-        visited = jnp.take_along_axis(codes, order, axis=1)
-        logits = self.logits(params, visited[:, :-1], order, label, rngs={"dropout": dropout_rng})
-        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, visited))
-        return loss, {"loss": loss, "cross_entropy": loss, "shuffled": jnp.mean(shuffled)}
-
-    def logits(
-        self,
-        params: types.Params,
-        codes: Int[Array, "b n"],
-        order: Int[Array, "b l"],
-        label: Int[Array, " b"],
-        **options: Any,
-    ) -> Float[Array, "b n_plus_1 v"]:
-        """Logits at the conditions of `RAR.teacher_forced`."""
-
-        def run(network: RAR) -> Float[Array, "b n_plus_1 v"]:
-            cond = network.teacher_forced(codes, order, label)
-            return network.factor_logits(cond, jnp.zeros((*cond.shape[:-1], 0), jnp.int32))
-
-        return self.apply(params, method=run, **options)
-
-    def conditions(
-        self,
-        params: types.Params,
-        tokens: types.Tokens,
-        label: Int[Array, " b"],
-        rng: Key[Array, ""] | None = None,
-    ) -> Float[Array, "b l d"]:
-        """Conditions of all positions in raster order, as sampling sees them; nothing is drawn."""
-        del rng
-        codes = _codes(tokens)
-        order = raster_orders(*codes.shape)
-        return self.apply(params, codes[:, :-1], order, label, method=RAR.teacher_forced)
+        return at, {"shuffled": jnp.mean(shuffled)}
 
     def _shuffle_rate(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
         if self.shuffle_start is None or self.shuffle_stop is None:
             return jnp.ones(())
         return annealed_shuffle_rate(step, start=self.shuffle_start, stop=self.shuffle_stop)
-
-
-def raster_orders(num_rows: int, length: int) -> Int[Array, "b l"]:
-    """Every row visits its positions row by row of the grid."""
-    return jnp.broadcast_to(jnp.arange(length), (num_rows, length))
 
 
 def annealed_shuffle_rate(step: Int[Array, ""] | int, *, start: int, stop: int) -> Float[Array, ""]:
@@ -386,9 +305,3 @@ def annealed_shuffle_rate(step: Int[Array, ""] | int, *, start: int, stop: int) 
     """
     share = (jnp.asarray(step) - start) / (stop - start)
     return jnp.clip(1.0 - share, 0.0, 1.0)
-
-
-def _codes(tokens: types.Tokens) -> Int[Array, "b l"]:
-    if tokens.codes is None:
-        raise ValueError("RAR models codes, and these tokens hold none")
-    return tokens.codes

@@ -25,7 +25,6 @@ class Cache:
     keys: Float[Array, "depth b kv_heads l k"]
     values: Float[Array, "depth b kv_heads l k"]
     index: Int[Array, ""]  # positions filled; the next token goes here
-    visible: Bool[Array, "b l"] | None = None  # places that others may see; None for all
 
 
 def empty_cache(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from arcond_jax.nn import attention
 
@@ -15,14 +15,15 @@ def attend(
     cache: attention.Cache | None,
     layer: Int[Array, ""],
     *,
+    visible: Bool[Array, "b places"] | None = None,
     dropout: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, "b l h k"], attention.Cache | None]:
     """Every token attends to itself and to those before it, the ones in the cache included.
 
-    Those that the cache calls not visible are seen by themselves alone.
-
     Args:
       layer: Where in the cache the keys and values of this layer lie.
+      visible: Of all places there will ever be, those that others may see; each sees itself. None
+        for all.
 
     Returns:
       The mixed values; the cache with the new keys and values in it, its index as it was.
@@ -34,6 +35,6 @@ def attend(
         keys, values = attention.read_layer(cache, layer)
     seen, place = jnp.arange(keys.shape[1]), start + jnp.arange(queries.shape[1])[:, None]
     mask = seen <= place
-    if cache is not None and cache.visible is not None:
-        mask = mask & (cache.visible[:, None] | (seen == place))
+    if visible is not None:
+        mask = mask & (visible[:, None, : len(seen)] | (seen == place))
     return attention.attend(queries, keys, values, mask, dropout=dropout), cache

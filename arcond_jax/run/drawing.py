@@ -1,25 +1,23 @@
 """Images from a trained model: by class, by caption, or around given tokens."""
 
-import dataclasses
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
-from arcond_jax import build, sharding, types
+from arcond_jax import build, types
 from arcond_jax.data import images
-from arcond_jax.evaluation import npz
-from arcond_jax.models import captioned
+from arcond_jax.parallel import compiled
+from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run.restoring import Trained
 from arcond_jax.sampling import mar as mar_sampling
 from arcond_jax.sampling import sampled as sampled_lib
 
 
 class Drawer:
-    """Compiled sampling: class labels in, images out, the batch spread over the mesh."""
+    """Compiled sampling: prompts in, images out, the batch spread over the mesh."""
 
     def __init__(
         self,
@@ -29,7 +27,7 @@ class Drawer:
         trace: bool = False,
         num_known: int = 0,
     ) -> None:
-        """Compiles lazily, once per number of labels and kind of refiner.
+        """Compiles lazily, once per number of prompts and kind of refiner.
 
         `trained` may be replaced by a later state of the same run; what is compiled stays.
 
@@ -40,20 +38,20 @@ class Drawer:
         """
         self.trained = trained
         self._loop = build.sampler(config or trained.config, trace=trace, num_known=num_known)
-        self._run = sharding.on_mesh(self._draw, trained.mesh)
+        self._run = compiled.Compiled(self._draw, trained.mesh)
 
     def __call__(
         self,
         refiner: types.Refiner,
-        label: Int[np.ndarray, " n"],
+        prompt: types.Prompt,
         *,
         seed: int,
         first_row: int = 0,
         known: mar_sampling.Known | None = None,
     ) -> tuple[jax.Array, sampled_lib.Sampled]:
-        """Draws one image in [-1, 1] per label, and what the loop left.
+        """Draws one image in [-1, 1] per prompt, and what the loop left.
 
-        Image i depends on (seed, first_row + i, its label) alone, unless the refiner mixes rows.
+        Image i depends on (seed, first_row + i, its prompt) alone, unless the refiner mixes rows.
 
         Args:
           known: One row of tokens to keep, the same for all images.
@@ -61,16 +59,17 @@ class Drawer:
         Raises:
           build.ConfigError: A label is not a class.
         """
-        check_labels(label, self.trained.config.data.num_classes)
+        if not isinstance(prompt, types.Caption):
+            check_labels(np.asarray(prompt), self.trained.config.data.num_classes)
         mesh = self.trained.mesh
-        spread = len(label) % sharding.num_batch_shards(mesh) == 0
-        place = sharding.batch_sharding(mesh) if spread else sharding.replicated(mesh)
+        spread = types.num_rows(prompt) % mesh_lib.num_batch_shards(mesh) == 0
+        place = mesh_lib.batch_sharding(mesh) if spread else mesh_lib.replicated(mesh)
         return self._run(
             self.trained.params,
             self.trained.tokenizer,
             refiner,
             jax.random.key(seed),
-            jax.device_put(np.asarray(label, np.int32), place),
+            jax.device_put(prompt, place),
             first_row,
             known,
         )
@@ -78,31 +77,33 @@ class Drawer:
     def images(
         self,
         refiner: types.Refiner,
-        label: Int[np.ndarray, " n"],
+        prompt: types.Prompt,
         *,
         seed: int,
         batch_size: int | None = None,
         known: mar_sampling.Known | None = None,
     ) -> UInt8[np.ndarray, "n height width channels"]:
         """The images alone, as uint8 on the host, drawn in batches of one size."""
-        batch_size = batch_size or len(label)
+        num_rows = types.num_rows(prompt)
+        batch_size = batch_size or num_rows
         drawn = []
-        for start in range(0, len(label), batch_size):
-            part = label[start : start + batch_size]
+        for start in range(0, num_rows, batch_size):
             # The last batch is filled up, so that the loop compiles once.
-            padded = np.pad(part, (0, batch_size - len(part)), mode="edge")
-            image, _ = self(refiner, padded, seed=seed, first_row=start, known=known)
-            drawn.append(images.image_to_uint8(np.asarray(image)[: len(part)]))
+            rows = np.minimum(np.arange(start, start + batch_size), num_rows - 1)
+            part = jax.tree.map(lambda x, rows=rows: x[rows], prompt)
+            image, _ = self(refiner, part, seed=seed, first_row=start, known=known)
+            drawn.append(images.image_to_uint8(np.asarray(image)[: num_rows - start]))
         return np.concatenate(drawn)
 
-    def _draw(self, params, tokenizer, refiner, rng, label, first_row, known):
+    def _draw(self, params, tokenizer, refiner, rng, prompt, first_row, known):
         given: dict[str, Any] = {}
         if known is not None:
-            given["known"] = jax.tree.map(lambda x: jnp.repeat(x, len(label), axis=0), known)
+            num_rows = types.num_rows(prompt)
+            given["known"] = jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=0), known)
         sampled = self._loop(
             params,
             rng,
-            label,
+            prompt,
             refiner=refiner,
             code_law=tokenizer.code_law,
             first_row=first_row,
@@ -145,53 +146,3 @@ def known_tokens(
     if latents is None:
         raise build.ConfigError(f"tokenizer {config.tokenizer.name} gives no latents to keep")
     return mar_sampling.Known(latents=latents, given=jnp.asarray(given))
-
-
-@dataclasses.dataclass(frozen=True)
-class Captions:
-    """Encoded captions; `valid` is False at their padding, which comes first."""
-
-    embedding: Float32[np.ndarray, "n prefix caption_width"]
-    valid: Bool[np.ndarray, "n prefix"]
-
-
-def read_captions(path: pathlib.Path, config: build.Config) -> Captions:
-    """Reads what `arcond captions` wrote.
-
-    Raises:
-      build.ConfigError: They are not captions of the model.
-      FileNotFoundError, ValueError: No such file, or damaged.
-    """
-    arrays = npz.read(path, what="file of captions")
-    missing = {"embedding", "valid"} - arrays.keys()
-    if missing:
-        raise build.ConfigError(f"{path} is no file of captions: it lacks {', '.join(missing)}")
-    embedding, valid = arrays["embedding"], arrays["valid"]
-    size = (config.captioned.num_prefix, config.captioned.caption_width)
-    if embedding.ndim != 3 or embedding.shape[1:] != size or len(embedding) == 0:
-        raise build.ConfigError(
-            f"{path}: embedding is {list(embedding.shape)}, the model needs [n, {size[0]}, "
-            f"{size[1]}] of at least one caption"
-        )
-    if valid.shape != embedding.shape[:2] or valid.dtype != np.bool_:
-        raise build.ConfigError(
-            f"{path}: valid is {valid.dtype} {list(valid.shape)}, the captions need bool "
-            f"{list(embedding.shape[:2])}"
-        )
-    if not np.issubdtype(embedding.dtype, np.floating) or not np.isfinite(embedding).all():
-        raise build.ConfigError(f"{path}: embedding holds something else than finite floats")
-    if not (valid[:, -1].all() and (valid[:, 1:] >= valid[:, :-1]).all()):
-        raise build.ConfigError(
-            f"{path}: valid must be False at the padding in front of a caption and True from there "
-            "to the end"
-        )
-    return Captions(embedding.astype(np.float32), valid)
-
-
-def with_captions(trained: Trained, captions: Captions) -> Trained:
-    """The model with captions for its classes."""
-    config = trained.config.copy_and_resolve_references()
-    config.data.num_classes = len(captions.valid)
-    placed = jax.device_put((captions.embedding, captions.valid), sharding.replicated(trained.mesh))
-    params = captioned.with_captions(trained.params, *placed)
-    return dataclasses.replace(trained, config=config, params=params)

@@ -3,20 +3,23 @@
 import dataclasses
 import json
 import logging
-import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import clu.parameter_overview
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from arcond_jax import build, checkpoint, sharding, types
+from arcond_jax import build, checkpoint, types
+from arcond_jax.build import saved as saved_lib
 from arcond_jax.data import pipeline
+from arcond_jax.parallel import mesh as mesh_lib
+from arcond_jax.parallel import processes
+from arcond_jax.run import captions as captions_lib
 from arcond_jax.run import drawing, refinement, restoring
-from arcond_jax.run.restoring import Trained
 from arcond_jax.training import loop
 from arcond_jax.training import state as state_lib
 from arcond_jax.transport import refiners
@@ -28,10 +31,10 @@ Show = Callable[[int, UInt8[np.ndarray, "n height width channels"], np.ndarray],
 
 def train(
     config: build.Config,
-    workdir: pathlib.Path,
+    workdir: epath.PathLike,
     *,
     show: Show | None = None,
-    init_from: pathlib.Path | None = None,
+    init_from: epath.PathLike | None = None,
 ) -> bool:
     """Trains to `training.num_train_steps`, from the last checkpoint in `workdir` if there is one.
 
@@ -47,89 +50,126 @@ def train(
       checkpoint.CheckpointError: It cannot be written or read.
       loop.DivergedError: The gradients stopped being finite.
     """
+    workdir = epath.Path(workdir)
     # What a config can get wrong shows before anything is written.
     build.check_trained(config)
-    mesh = build.mesh(config)
-    iterator = pipeline.train_iterator(
-        build.source(config, "train"),
-        global_batch_size=config.data.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    mesh, settings = build.mesh(config), config.training
+    captions = captions_lib.of_training(config)
+    batches = _Batches(config, mesh, captions)
     with checkpoint.Checkpoints(
-        str(workdir / "checkpoints"),
-        every=config.training.checkpoint_every,
-        keep=config.training.checkpoints_kept,
+        f"{workdir}/checkpoints", every=settings.checkpoint_every, keep=settings.checkpoints_kept
     ) as checkpoints:
-        if checkpoints.latest_step() is None:
-            state, tokenizer = build.train_state(config, mesh), build.tokenizer(config)
-            if init_from is not None:
-                state = state_lib.with_params(state, restoring.params_of(init_from, config, mesh))
-        else:
-            saved = checkpoints.config()
-            restoring.check_same_run(config, saved, workdir)
-            abstract_state, abstract_tokenizer = restoring.abstract_run(config, saved, mesh)
-            restored = checkpoints.restore(abstract_state, abstract_tokenizer=abstract_tokenizer)
-            state, tokenizer = restored.state, restored.tokenizer
-            iterator.set_state(restored.data)
-            logging.info("resuming at step %d", restored.step)
-            if restored.step >= config.training.num_train_steps:
-                return True
-        tokenizer = jax.device_put(tokenizer, sharding.replicated(mesh))
+        state, tokenizer = _opened(config, workdir, checkpoints, batches, init_from)
+        if int(state.step) >= settings.num_train_steps:
+            return True
 
         def save(step: int, state: state_lib.TrainState) -> None:
             checkpoints.save(
                 step,
                 state=state,
                 tokenizer=tokenizer,
-                data=iterator.get_state(),
-                config=config.to_dict(),
+                data=batches.get_state(),
+                config=saved_lib.dump(config),
                 force=True,
             )
 
         if int(state.step) == 0:
             save(0, state)  # from here on the tokenizer is never fitted again
-        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        text = json.dumps(saved_lib.dump(config), indent=2) + "\n"
+        (workdir / "config.json").write_text(text)
         logging.info("parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
 
         step_fn = build.train_step(config, mesh, tokenizer)
-        drawer = drawing.Drawer(
-            Trained(config, mesh, tokenizer, state.ema, state.bank, int(state.step))
-        )
-
-        def draw_samples(step: int, state: state_lib.TrainState) -> None:
-            if show is not None:
-                drawer.trained = dataclasses.replace(drawer.trained, params=state.ema, step=step)
-                label = np.repeat(np.arange(config.data.num_classes), SAMPLES_PER_CLASS)
-                show(step, drawer.images(refiners.Identity(), label, seed=0), label)
-
+        trained = restoring.Trained(config, mesh, tokenizer, state.ema, state.bank, int(state.step))
         state, complete = loop.train(
             state,
-            _MeshBatches(iterator, mesh),
+            batches,
             step_fn=lambda state, batch: step_fn(state, tokenizer, batch),
-            num_train_steps=config.training.num_train_steps,
+            num_train_steps=settings.num_train_steps,
             intervals=loop.Intervals(
-                log=config.training.log_every,
-                samples=config.training.samples_every,
-                checkpoint=config.training.checkpoint_every,
+                log=settings.log_every,
+                samples=settings.samples_every,
+                checkpoint=settings.checkpoint_every,
             ),
             save=save,
-            draw_samples=draw_samples,
+            draw_samples=_sheets(trained, captions, show),
             workdir=workdir,
         )
         if complete:
-            trained = dataclasses.replace(drawer.trained, params=state.ema)
+            trained = dataclasses.replace(trained, params=state.ema)
             bank = None if state.bank is None else refinement.filled_bank(trained)
-            save(config.training.num_train_steps, dataclasses.replace(state, bank=bank))
+            save(settings.num_train_steps, dataclasses.replace(state, bank=bank))
         return complete
 
 
-class _MeshBatches:
-    """The process's numpy batches as global arrays on the mesh."""
+def _opened(
+    config: build.Config,
+    workdir: epath.Path,
+    checkpoints: checkpoint.Checkpoints,
+    batches: "_Batches",
+    init_from: epath.PathLike | None,
+) -> tuple[state_lib.TrainState, types.Tokenizer]:
+    """The state and tokenizer to go on with: those of the last checkpoint, or fresh ones.
 
-    def __init__(self, iterator: Any, mesh: Mesh) -> None:
-        self._iterator, self._mesh = iterator, mesh
+    The batches go on where the checkpoint was.
+    """
+    mesh = batches.mesh
+    if checkpoints.latest_step() is None:
+        state, tokenizer = build.train_state(config, mesh), build.tokenizer(config)
+        if init_from is not None:
+            params = restoring.params_of(epath.Path(init_from), config, mesh)
+            state = state_lib.with_params(state, params)
+    else:
+        saved = checkpoints.config()
+        restoring.check_same_run(config, saved, workdir)
+        restored = restoring.read_run(checkpoints, config, saved, mesh)
+        state, tokenizer = restored.state, restored.tokenizer
+        batches.set_state(restored.data)
+        logging.info("resuming at step %d", restored.step)
+    return state, jax.device_put(tokenizer, mesh_lib.replicated(mesh))
+
+
+def _sheets(
+    trained: restoring.Trained, captions: captions_lib.Captions | None, show: Show | None
+) -> Callable[[int, state_lib.TrainState], None]:
+    """Draws a few images of each class with the parameters of the moment."""
+    drawer = drawing.Drawer(trained)
+    label = np.repeat(np.arange(trained.config.data.num_classes), SAMPLES_PER_CLASS)
+
+    def draw(step: int, state: state_lib.TrainState) -> None:
+        if show is not None:
+            drawer.trained = dataclasses.replace(trained, params=state.ema, step=step)
+            prompt = captions_lib.prompt_of(label, captions)
+            show(step, drawer.images(refiners.Identity(), prompt, seed=0), label)
+
+    return draw
+
+
+class _Batches:
+    """The training batches on the mesh, with a position that can be saved."""
+
+    def __init__(
+        self, config: build.Config, mesh: Mesh, captions: captions_lib.Captions | None
+    ) -> None:
+        self.mesh, self._captions = mesh, captions
+        self._iterator: Any = pipeline.train_iterator(
+            build.source(config, "train"),
+            global_batch_size=config.data.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def __iter__(self) -> Iterator[types.Batch]:
+        return self
 
     def __next__(self) -> types.Batch:
-        return sharding.put_batch(types.Batch(**next(self._iterator)), self._mesh)
+        rows = next(self._iterator)
+        prompt = captions_lib.prompt_of(rows["label"], self._captions)
+        return processes.put_batch(types.Batch(rows["image"], prompt), self.mesh)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._iterator.set_state(state)

@@ -1,68 +1,10 @@
-"""Guidance, and what is cut from a categorical law before it is drawn from."""
+"""What is cut from a categorical distribution before it is drawn from."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
-
-SCHEDULES = ("constant", "linear")
-
-
-def guidance_weight(
-    scale: float, schedule: str, share: Float[Array, ""] | float
-) -> Float[Array, ""]:
-    """Guidance at one step: constant, or growing from 1 with the share of tokens decoded.
-
-    Args:
-      share: Of the tokens, those decoded once this step is done.
-
-    Source: MAR, models/mar.py, `sample_tokens`: 1 + (scale - 1) * share.
-    """
-    if schedule == "linear":
-        return jnp.asarray(1.0 + (scale - 1.0) * share, jnp.float32)
-    return jnp.asarray(scale, jnp.float32)
-
-
-def power_cosine_weight(
-    scale: float, power: float, share: Float[Array, ""] | float
-) -> Float[Array, ""]:
-    """Guidance at one step: from 1 to `scale` along half a cosine of share ** power.
-
-    Args:
-      power: 0.0 is constant guidance; the larger, the longer it stays near 1.
-      share: Of the tokens, those decoded before this step.
-
-    Source: RAR (Yu et al., 2024), modeling/rar.py, `generate`; MDT (Gao et al., 2023) before it.
-    """
-    rise = (1.0 - jnp.cos(jnp.pi * jnp.asarray(share, jnp.float32) ** power)) / 2
-    return 1.0 + (scale - 1.0) * rise
-
-
-def guide(both: Float[Array, "two_b *n"], weight: Float[Array, ""] | None) -> Float[Array, "b *n"]:
-    """unconditional + weight * (conditional - unconditional); conditional rows come first.
-
-    Without a weight all rows are conditional and pass through.
-
-    Source: Ho and Salimans (2022).
-    """
-    if weight is None:
-        return both
-    conditional, unconditional = jnp.split(both, 2)
-    return unconditional + weight * (conditional - unconditional)
-
-
-def guide_noise(
-    output: Float[Array, "two_b *n two_c"], weight: Float[Array, ""] | None
-) -> Float[Array, "b *n two_c"]:
-    """Guides the noise half of a denoiser's output; the variance stays the conditional one.
-
-    Source: MAR, models/diffloss.py, `forward_with_cfg`.
-    """
-    if weight is None:
-        return output
-    predicted, v = jnp.split(output, 2, axis=-1)
-    return jnp.concatenate([guide(predicted, weight), jnp.split(v, 2)[0]], axis=-1)
 
 
 def kth_largest(logits: Float[Array, "*n v"], k: int) -> Float[Array, "*n 1"]:

@@ -4,13 +4,13 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import types
 from arcond_jax.diffusion import solvers
 from arcond_jax.models import dit
-from arcond_jax.sampling import filters, sampled
+from arcond_jax.sampling import guidance as guidance_lib
+from arcond_jax.sampling import sampled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,14 +20,14 @@ class GridSampler:
     Attributes:
       network: The Linen module.
       solver: The chain; it runs the whole network at every step.
-      guidance_scale: 1.0 is none and costs nothing; otherwise the batch is doubled. Constant along
-        the chain.
+      guidance: Classifier-free guidance; what counts as decoded is the share of the noise process
+        that is undone.
       trace: Not possible: the only condition is the class, and nothing moves it.
     """
 
     network: dit.DiT
     solver: solvers.Solver
-    guidance_scale: float = 1.0
+    guidance: guidance_lib.Guidance = dataclasses.field(default_factory=guidance_lib.Guidance)
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -38,30 +38,27 @@ class GridSampler:
         self,
         params: types.Params,
         rng: Key[Array, ""],
-        label: Int[Array, " b"],
+        prompt: Int[Array, " b"],
         *,
         refiner: types.Refiner,
         code_law: types.CodeLaw | None = None,
         first_row: Int[Array, ""] | int = 0,
     ) -> sampled.Sampled:
-        """Draws one grid of latents per label; rows as in `CausalSampler`.
+        """Draws one grid of latents per label; rows as in `raster.Raster`.
 
         Neither `refiner` nor `code_law` is called: there is one static condition and no code.
         """
         shape = (self.solver.num_evaluations + 1, self.network.length, self.network.channels)
-        rngs = sampled.row_rngs(rng, label.shape[0], first_row)
+        rngs = sampled.row_rngs(rng, len(prompt), first_row)
         noise = jax.vmap(lambda rng: jax.random.normal(rng, shape), out_axes=1)(rngs)
-
-        guided = self.guidance_scale != 1.0
-        weight = jnp.asarray(self.guidance_scale, jnp.float32) if guided else None
-        fed_label = label
-        if guided:
-            fed_label = jnp.concatenate([label, jnp.full_like(label, self.network.num_classes)])
+        guidance, prompts = self.guidance, self.guidance.prompts(self.network, prompt)
 
         def denoise(x: Float[Array, "b l c"], t: Int[Array, ""]) -> Float[Array, "b l two_c"]:
-            x = jnp.concatenate([x, x]) if guided else x
-            output: Any = self.network.apply({"params": params}, x, t, fed_label)
-            return filters.guide_noise(output, weight)
+            x = guidance.both(x)
+            output: Any = self.network.apply({"params": params}, x, t, prompts)
+            undone = dit.NUM_TIMES - 1 - t
+            weight = guidance.weight(undone, undone + 1, dit.NUM_TIMES)
+            return guidance.combine_noise(output, weight)
 
         latents = self.solver(denoise, noise[0], noise[1:])
-        return sampled.Sampled(types.Tokens(latents=latents), refiner_state=refiner.init(label))
+        return sampled.Sampled(types.Tokens(latents=latents), refiner_state=refiner.init(prompt))

@@ -7,6 +7,7 @@ tokens as its largest step draws. One scan a bucket, nothing leaves the device.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from arcond_jax import types
 from arcond_jax.diffusion import solvers
 from arcond_jax.models import mar
 from arcond_jax.nn import layout
-from arcond_jax.sampling import filters, sampled
+from arcond_jax.sampling import guidance as guidance_lib
+from arcond_jax.sampling import sampled
 
 # Chain noise of the tokens with the given generation numbers: one draw to start from, then one for
 # every evaluation of the head.
@@ -62,8 +64,7 @@ class MARSampler:
       network: The Linen module.
       solver: Chain of the diffusion head.
       num_ar_steps: Decoding steps, 1 to the number of tokens to draw.
-      guidance_scale: 1.0 is none and costs nothing; otherwise the batch is doubled.
-      guidance_schedule: "constant" or "linear" in the share of tokens decoded.
+      guidance: Classifier-free guidance.
       num_buckets: Groups of steps; more of them waste less work and compile longer.
       num_known: Tokens given beforehand in every row.
       trace: Also return conditions before and after refinement, of one token of each step.
@@ -77,18 +78,12 @@ class MARSampler:
     network: mar.MAR
     solver: solvers.Solver
     num_ar_steps: int
-    guidance_scale: float = 1.0
-    guidance_schedule: str = "linear"
+    guidance: guidance_lib.Guidance = dataclasses.field(default_factory=guidance_lib.Guidance)
     num_buckets: int = 8
     num_known: int = 0
     trace: bool = False
 
     def __post_init__(self) -> None:
-        if self.guidance_schedule not in filters.SCHEDULES:
-            raise ValueError(
-                f"guidance_schedule {self.guidance_schedule!r} is not one of "
-                f"{', '.join(filters.SCHEDULES)}"
-            )
         if self.num_buckets < 1:
             raise ValueError(f"num_buckets {self.num_buckets} must be at least 1")
         step_ends(self.network.length, self.num_ar_steps, num_known=self.num_known)
@@ -97,14 +92,14 @@ class MARSampler:
         self,
         params: types.Params,
         rng: Key[Array, ""],
-        label: Int[Array, " b"],
+        prompt: Int[Array, " b"],
         *,
         refiner: types.Refiner,
         code_law: types.CodeLaw | None = None,
         known: Known | None = None,
         first_row: Int[Array, ""] | int = 0,
     ) -> sampled.Sampled:
-        """Draws one token grid per label; rows as in `CausalSampler`.
+        """Draws one token grid per label; rows as in `raster.Raster`.
 
         Args:
           code_law: Not looked at: it is about codes.
@@ -114,7 +109,7 @@ class MARSampler:
             raise ValueError(
                 f"num_known is {self.num_known}: pass `known` if and only if it is not 0"
             )
-        rngs = jax.vmap(jax.random.split)(sampled.row_rngs(rng, label.shape[0], first_row))
+        rngs = jax.vmap(jax.random.split)(sampled.row_rngs(rng, len(prompt), first_row))
         length, channels = self.network.length, self.network.channels
         rank = jax.vmap(lambda rng: jax.random.uniform(rng, (length,)))(rngs[:, 0])
         if known is not None:
@@ -132,7 +127,7 @@ class MARSampler:
         latents = jnp.zeros((*order.shape, channels))
         if known is not None:
             latents = mar.in_order(known.latents, order)
-        return self.run(params, latents, order, label, noise_of, refiner=refiner)
+        return self.run(params, latents, order, prompt, noise_of, refiner=refiner)
 
     def run(
         self,
@@ -151,21 +146,22 @@ class MARSampler:
           order: Grid position of the i-th token drawn.
         """
         ends = step_ends(self.network.length, self.num_ar_steps, num_known=self.num_known)
-        starts = np.append(self.num_known, ends[:-1])
-        # The official code counts the last step as if it left one token.
-        shares = np.minimum(ends, self.network.length - 1) / self.network.length
+        starts = step_starts(self.network.length, self.num_ar_steps, num_known=self.num_known)
+        # For guidance the official code counts the last step as if it left one token.
+        stops = np.minimum(ends, self.network.length - 1)
+        num_rows = len(self.guidance.both(label))
 
         carry, traces = (latents, refiner.init(label)), []
         for bucket in self.buckets():
             steps = np.arange(bucket.start, bucket.stop)
-            weights = self.laid_out(params, bucket, num_rows=len(self.both(label)))
+            weights = self.laid_out(params, bucket, num_rows=num_rows)
 
             def body(
                 carry: tuple, step: tuple, bucket: Bucket = bucket, weights: types.Params = weights
             ) -> tuple[tuple, Any]:
                 return self._step(weights, carry, step, order, label, noise_of, refiner, bucket)
 
-            inputs = (jnp.asarray(steps), jnp.asarray(starts[steps]), jnp.asarray(shares[steps]))
+            inputs = tuple(jnp.asarray(x) for x in (steps, starts[steps], stops[steps]))
             carry, trace = jax.lax.scan(body, carry, inputs)
             traces.append(trace)
         latents, refiner_state = carry
@@ -198,14 +194,6 @@ class MARSampler:
             "denoiser": layout.for_rows(params["denoiser"], num_rows * bucket.num_drawn),
         }
 
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale != 1.0
-
-    def both(self, x: Array) -> Array:
-        """Duplicates rows for the unconditional stream, which shares what was drawn."""
-        return jnp.concatenate([x, x]) if self.guided else x
-
     def apply(self, params: types.Params, *args: Any, method: Callable) -> Any:
         """Runs a method of the network."""
         return self.network.apply({"params": params}, *args, method=method)
@@ -214,27 +202,26 @@ class MARSampler:
         self,
         params: types.Params,
         carry: tuple[Float[Array, "b l c"], types.RefinerState],
-        step: tuple[Int[Array, ""], Int[Array, ""], Float[Array, ""]],
+        step: tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]],
         order: Int[Array, "b l"],
         label: Int[Array, " b"],
         noise_of: NoiseOf,
         refiner: types.Refiner,
         bucket: Bucket,
     ) -> tuple[tuple, Any]:
-        (latents, state), (slot, start, share) = carry, step
-        fed_label = label
-        if self.guided:
-            fed_label = jnp.concatenate([label, jnp.full_like(label, self.network.num_classes)])
-        cond = self._condition(
-            params, self.both(latents), self.both(order), fed_label, start, bucket
+        (latents, state), (slot, start, stop) = carry, step
+        prompts = self.guidance.prompts(self.network, label)
+        both = self.guidance.both
+        cond = self._condition(params, both(latents), both(order), prompts, start, bucket)
+        refine = functools.partial(
+            refine_columns, refiner=refiner, state=state, slot=slot, label=label
         )
-        b = label.shape[0]
-        refined, state = refine_columns(cond[:b], refiner, state, slot=slot, label=label)
-        drawn = self.draw(
-            params, jnp.concatenate([refined, cond[b:]]), share, start, noise_of, bucket
-        )
+        refined, state = self.guidance.refine(refine, cond)
+        drawn = self.draw(params, refined, start, stop, noise_of, bucket)
         latents = jax.lax.dynamic_update_slice_in_dim(latents, drawn, start, axis=1)
-        trace = (cond[:b, 0], refined[:, 0]) if self.trace else None
+        trace = None
+        if self.trace:
+            trace = tuple(self.guidance.conditional(x)[:, 0] for x in (cond, refined))
         return (latents, state), trace
 
     def _condition(
@@ -259,20 +246,19 @@ class MARSampler:
         self,
         params: types.Params,
         cond: Float[Array, "n k d"],
-        share: Float[Array, ""],
         start: Int[Array, ""],
+        stop: Int[Array, ""],
         noise_of: NoiseOf,
         bucket: Bucket,
     ) -> Float[Array, "b k c"]:
-        """Latents of the tokens from number `start` on, under their conditions."""
-        weight = None
-        if self.guided:
-            weight = filters.guidance_weight(self.guidance_scale, self.guidance_schedule, share)
+        """Latents of the tokens from number `start` on, of which those to `stop` are due."""
+        weight = self.guidance.weight(start, stop, self.network.length)
         noise = noise_of(start + jnp.arange(bucket.num_drawn))
 
         def denoise(x: Float[Array, "b k c"], t: Int[Array, ""]) -> Float[Array, "b k two_c"]:
-            output = self.apply(params, self.both(x), t, cond, method=mar.MAR.denoise)
-            return filters.guide_noise(output, weight)
+            x = self.guidance.both(x)
+            output = self.apply(params, x, t, cond, method=mar.MAR.denoise)
+            return self.guidance.combine_noise(output, weight)
 
         return self.solver(denoise, noise[0], noise[1:])
 
@@ -325,6 +311,11 @@ def step_ends(length: int, num_steps: int, *, num_known: int = 0) -> Int[np.ndar
         masked.append(left)
     masked[-1] = 0
     return length - np.array(masked)
+
+
+def step_starts(length: int, num_steps: int, *, num_known: int = 0) -> Int[np.ndarray, " steps"]:
+    """How many tokens are there before each step; arguments and errors as of `step_ends`."""
+    return np.append(num_known, step_ends(length, num_steps, num_known=num_known)[:-1])
 
 
 def fewest_padded(

@@ -1,14 +1,11 @@
 """Open-MAGVIT2's tokenizer: images in [-1, 1] to codes of 18 bits and back, without a codebook.
 
-A bit is set where a latent is above zero, and channel k is bit k. `factorize` splits a code into
-the two small ones that the generator predicts. The decoder gets each bit as -1 or 1; its image is
-not clipped. The tokenizer is `network.Coded` around the network.
+A bit is set where a latent is above zero, and channel k is bit k. The decoder gets
+each bit as -1 or 1; its image is not clipped. The tokenizer is `network.Coded` around the network.
 
 Source: Luo et al., Open-MAGVIT2 (2024); Yu et al., MAGVIT-v2 (2024), section 3.1; TencentARC/
 SEED-Voken, src/Open_MAGVIT2/models/lfqgan.py and modules/vqvae/lookup_free_quantize.py.
 """
-
-from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,7 +20,6 @@ SIZES = {
     "256": dict(multipliers=(1, 1, 2, 2, 4)),
     "128": dict(multipliers=(1, 2, 2, 4)),
 }
-FACTOR_BITS = (6, 12)  # configs/Open-MAGVIT2/gpu/imagenet_conditional_llama_B.yaml
 
 
 class LFQAutoencoder(nn.Module):
@@ -95,21 +91,3 @@ def to_signs(codes: Int[Array, "..."], num_bits: int) -> Float[Array, "... bits"
     """Bits of an id as -1 and 1, the lowest bit in channel 0."""
     bits = (codes[..., None] >> np.arange(num_bits, dtype=np.int32)) & 1
     return 2.0 * bits - 1.0
-
-
-def factorize(
-    codes: Int[Array, "..."], factor_bits: Sequence[int] = FACTOR_BITS
-) -> Int[Array, "... factors"]:
-    """Ids of the groups of bits: the first factor holds the lowest bits."""
-    starts = np.cumsum([0, *factor_bits[:-1]])
-    return jnp.stack(
-        [(codes >> s) & (2**n - 1) for s, n in zip(starts, factor_bits, strict=True)], axis=-1
-    )
-
-
-def join(
-    factors: Int[Array, "... factors"], factor_bits: Sequence[int] = FACTOR_BITS
-) -> Int[Array, "..."]:
-    """Undoes `factorize`."""
-    starts = np.cumsum([0, *factor_bits[:-1]], dtype=np.int32)
-    return jnp.sum(factors << starts, axis=-1, dtype=factors.dtype)

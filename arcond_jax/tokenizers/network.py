@@ -6,8 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from arcond_jax import types
 from arcond_jax.nn import conv
@@ -59,15 +58,6 @@ class Coded:
             raise ValueError("Tokens hold no codes: encode images with this tokenizer first.")
         codes = tokens.codes.reshape(-1, *self.grid)
         return apply(self.network, self.params, codes, method="from_codes")
-
-    def check_codes(self, codes: Int[np.ndarray | Array, "b l"]) -> None:
-        """Raises ValueError for ids the codebook lacks; on the host, so never inside jit."""
-        lowest, highest = int(np.min(codes)), int(np.max(codes))
-        if lowest < 0 or highest >= self.network.num_codes:
-            raise ValueError(
-                f"Codes reach from {lowest} to {highest}, this tokenizer has 0 to"
-                f" {self.network.num_codes - 1}: they belong to another tokenizer."
-            )
 
 
 def abstract(network: CodeNetwork, *, image_size: tuple[int, int]) -> Coded:

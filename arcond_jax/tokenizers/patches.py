@@ -1,4 +1,6 @@
-"""Raw pixel patches as tokens: standardised latents and k-means codes on one grid, nothing trained.
+"""Raw pixel patches as tokens: standardised latents, and k-means codes on the same grid if wanted.
+
+Nothing is trained.
 
 An image is cut into patch_size x patch_size squares in raster order. The c = patch_size^2 *
 channels numbers of a square are its latent, ordered by row, then column, then channel. The code is
@@ -6,7 +8,7 @@ the nearest of v centroids, as in "color" tokens of Chen et al., Image GPT (2020
 for whole patches. Latents lose nothing; codes alone give back the centroid.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -29,20 +31,22 @@ class Patches:
 
     `codebook` holds the k-means centroids; `code_mean` and `code_cholesky` the Gaussian of the
     training latents of each code (covariance = Cholesky times its transpose). All three are in
-    standardised units.
+    standardised units, and None where there are no codes.
     """
 
     mean: Float[Array, " c"]
     std: Float[Array, " c"]
-    codebook: Float[Array, "v c"]
-    code_mean: Float[Array, "v c"]
-    code_cholesky: Float[Array, "v c c"]
+    codebook: Float[Array, "v c"] | None
+    code_mean: Float[Array, "v c"] | None
+    code_cholesky: Float[Array, "v c c"] | None
     patch_size: int = flax.struct.field(pytree_node=False)
     image_shape: tuple[int, int, int] = flax.struct.field(pytree_node=False)
 
     @property
-    def code_law(self) -> types.CodeLaw:
+    def code_law(self) -> types.CodeLaw | None:
         """The Gaussian of the training latents behind each code."""
+        if self.code_mean is None or self.code_cholesky is None:
+            return None
         return types.CodeLaw(mean=self.code_mean, cholesky=self.code_cholesky)
 
     def encode(
@@ -59,36 +63,27 @@ class Patches:
                 f" {image.shape[1:]}: fit one to this dataset."
             )
         latents = (_cut(image, self.patch_size) - self.mean) / self.std
-        return types.Tokens(latents=latents, codes=_nearest(latents, self.codebook))
+        codes = None if self.codebook is None else _nearest(latents, self.codebook)
+        return types.Tokens(latents=latents, codes=codes)
 
     def decode(self, tokens: types.Tokens) -> Float[Array, "b height width channels"]:
         """Pastes latents where there are any, else the centroids of the codes.
 
-        A code of v or more shows as NaN; `check_codes` says so before.
+        A code of v or more shows as NaN.
         """
         latents = tokens.latents
         if latents is None:
-            if tokens.codes is None:
-                raise ValueError("Tokens hold neither latents nor codes: give one of them.")
+            if tokens.codes is None or self.codebook is None:
+                raise ValueError("Tokens hold no latents, and no codes of this tokenizer.")
             latents = jnp.take(self.codebook, tokens.codes, axis=0, mode="fill")
         return _paste(latents * self.std + self.mean, self.patch_size, self.image_shape)
-
-    def check_codes(self, codes: Int[np.ndarray | Array, "b l"]) -> None:
-        """Raises ValueError for ids outside 0 to v - 1; on the host, so never inside jit."""
-        num_codes = len(self.codebook)
-        lowest, highest = int(np.min(codes)), int(np.max(codes))
-        if lowest < 0 or highest >= num_codes:
-            raise ValueError(
-                f"Codes reach from {lowest} to {highest}, this tokenizer has 0 to {num_codes - 1}:"
-                " they belong to another tokenizer."
-            )
 
 
 def fit(
     image: Float[np.ndarray | Array, "n height width channels"],
     *,
     patch_size: int,
-    num_codes: int,
+    num_codes: int | None,
     seed: int,
 ) -> Patches:
     """Measures one mean and deviation per channel of the patch, then clusters the latents.
@@ -97,7 +92,7 @@ def fit(
       image: The training images, in [-1, 1]; all patches of all of them are clustered at once in
         float64, about 100 bytes times c each.
       patch_size: Edge of a square, in pixels; divides height and width.
-      num_codes: Size of the codebook; at most the number of different patches.
+      num_codes: Size of the codebook, at most the number of different patches; None for no codes.
       seed: Of the k-means initialisation.
 
     Raises:
@@ -108,58 +103,55 @@ def fit(
     _check_divides(image_shape, patch_size)
     patches = _cut(np.asarray(image, np.float64), patch_size)
     patches = patches.reshape(-1, patches.shape[-1])
-    num_distinct = len(np.unique(patches, axis=0))
-    if num_codes > num_distinct:
+    num_distinct = len(np.unique(patches, axis=0)) if num_codes is not None else 0
+    if num_codes is not None and num_codes > num_distinct:
         raise ValueError(
             f"num_codes {num_codes} is more than the {num_distinct} different patches of these"
             f" images: use at most {num_distinct}."
         )
     mean, std = patches.mean(axis=0), patches.std(axis=0)
     std = np.where(std > MIN_STD, std, 1.0)
-    latents = (patches - mean) / std
+    clusters = (None, None, None)
+    if num_codes is not None:
+        clusters = _clusters((patches - mean) / std, num_codes, seed=seed)
+    leaves: Any = [
+        None if x is None else jnp.asarray(x, jnp.float32) for x in (mean, std, *clusters)
+    ]
+    return Patches(*leaves, patch_size=patch_size, image_shape=image_shape)
+
+
+def _clusters(
+    latents: Float[np.ndarray, "n c"], num_codes: int, *, seed: int
+) -> tuple[Float[np.ndarray, "v c"], Float[np.ndarray, "v c"], Float[np.ndarray, "v c c"]]:
+    """Centroids, and the mean and Cholesky factor of the latents nearest to each."""
     kmeans = sklearn.cluster.KMeans(
         num_codes,
         n_init=NUM_RESTARTS,  # pyright: ignore[reportArgumentType]  # untyped; inferred as str
         random_state=seed,
     ).fit(latents)
-    code_mean = np.zeros_like(kmeans.cluster_centers_)
-    code_cholesky = np.zeros((num_codes, latents.shape[1], latents.shape[1]))
+    width = latents.shape[1]
+    code_mean, code_cholesky = np.zeros((num_codes, width)), np.zeros((num_codes, width, width))
     for code in range(num_codes):
         members = latents[kmeans.labels_ == code]
         code_mean[code] = members.mean(axis=0)
         centred = members - code_mean[code]
         covariance = centred.T @ centred / len(members)
-        code_cholesky[code] = np.linalg.cholesky(
-            covariance + COVARIANCE_JITTER * np.eye(latents.shape[1])
-        )
-    return Patches(
-        mean=jnp.asarray(mean, jnp.float32),
-        std=jnp.asarray(std, jnp.float32),
-        codebook=jnp.asarray(kmeans.cluster_centers_, jnp.float32),
-        code_mean=jnp.asarray(code_mean, jnp.float32),
-        code_cholesky=jnp.asarray(code_cholesky, jnp.float32),
-        patch_size=patch_size,
-        image_shape=image_shape,
-    )
+        code_cholesky[code] = np.linalg.cholesky(covariance + COVARIANCE_JITTER * np.eye(width))
+    return kmeans.cluster_centers_, code_mean, code_cholesky
 
 
-def abstract(image_shape: tuple[int, int, int], *, patch_size: int, num_codes: int) -> Patches:
+def abstract(
+    image_shape: tuple[int, int, int], *, patch_size: int, num_codes: int | None
+) -> Patches:
     """The shapes of a fitted tokenizer, without data: what a checkpoint is restored into."""
     _check_divides(image_shape, patch_size)
     width = patch_size**2 * image_shape[2]
 
-    def zeros() -> Patches:
-        return Patches(
-            mean=jnp.zeros(width),
-            std=jnp.zeros(width),
-            codebook=jnp.zeros((num_codes, width)),
-            code_mean=jnp.zeros((num_codes, width)),
-            code_cholesky=jnp.zeros((num_codes, width, width)),
-            patch_size=patch_size,
-            image_shape=image_shape,
-        )
-
-    return jax.eval_shape(zeros)
+    shapes: list[tuple[int, ...] | None] = [(width,), (width,), None, None, None]
+    if num_codes is not None:
+        shapes[2:] = (num_codes, width), (num_codes, width), (num_codes, width, width)
+    leaves: Any = [None if x is None else jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes]
+    return Patches(*leaves, patch_size=patch_size, image_shape=image_shape)
 
 
 def _check_divides(image_shape: tuple[int, ...], patch_size: int) -> None:

@@ -6,7 +6,6 @@ SIGTERM or by force, and started again gives the numbers of one that never stopp
 
 import contextlib
 import dataclasses
-import pathlib
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import clu.metrics
 import jax
 import tqdm
+from etils import epath
 
 from arcond_jax import types
 from arcond_jax.training import state as state_lib
@@ -53,7 +53,7 @@ def train(
     intervals: Intervals,
     save: Callable[[int, state_lib.TrainState], None],
     draw_samples: Callable[[int, state_lib.TrainState], None],
-    workdir: pathlib.Path,
+    workdir: epath.PathLike,
 ) -> tuple[state_lib.TrainState, bool]:
     """Runs from `state.step` to `num_train_steps`.
 
@@ -106,7 +106,7 @@ def train(
     return state, complete
 
 
-def _check_not_diverged(skipped: jax.Array | int, step: int, workdir: pathlib.Path) -> None:
+def _check_not_diverged(skipped: jax.Array | int, step: int, workdir: epath.PathLike) -> None:
     if int(skipped) >= MAX_SKIPPED_IN_A_ROW:
         raise DivergedError(
             f"{MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite, the last at step {step}: "

@@ -12,7 +12,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, UInt32
 
-from arcond_jax import sharding, types
+from arcond_jax import types
+from arcond_jax.parallel import compiled
+from arcond_jax.parallel import mesh as mesh_lib
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
@@ -48,12 +50,12 @@ def create(
 ) -> TrainState:
     """A fresh state, every array born in its shards."""
     boxed = abstract(generator, optimizer, make_bank, seed=seed)
-    shardings = sharding.tree_shardings(boxed, mesh)
+    shardings = mesh_lib.tree_shardings(boxed, mesh)
 
     def init() -> TrainState:
         return nn.unbox(_init(generator, optimizer, make_bank, jax.random.key(seed)))
 
-    return sharding.on_mesh(init, mesh, out_shardings=shardings)()
+    return compiled.Compiled(init, mesh, out_shardings=shardings)()
 
 
 def abstract(
@@ -72,7 +74,7 @@ def abstract_on(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         nn.unbox(boxed),
-        sharding.tree_shardings(boxed, mesh),
+        mesh_lib.tree_shardings(boxed, mesh),
     )
 
 

@@ -2,9 +2,10 @@
 
 import json
 import math
-import pathlib
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
+
+from etils import epath
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -21,12 +22,13 @@ class Writer(Protocol):
 class JsonLines:
     """One JSON object a line, `{"step": ..., name: value}`; a value that is not finite is null."""
 
-    def __init__(self, path: pathlib.Path, *, resume_at: int) -> None:
+    def __init__(self, path: epath.PathLike, *, resume_at: int) -> None:
         """Opens the file for appending, after dropping what an interrupted run wrote too much.
 
         Args:
           resume_at: Lines of later steps, and a last line cut short, are dropped.
         """
+        path = epath.Path(path)
         kept = [row for row in read_rows(path) if row["step"] <= resume_at]
         replacement = path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -46,8 +48,9 @@ class JsonLines:
         self._file.close()
 
 
-def read_rows(path: pathlib.Path) -> list[dict]:
+def read_rows(path: epath.PathLike) -> list[dict]:
     """The rows of a JSON lines file; none if it does not exist, and no half-written last one."""
+    path = epath.Path(path)
     if not path.exists():
         return []
     rows = []
@@ -59,12 +62,12 @@ def read_rows(path: pathlib.Path) -> list[dict]:
     return rows
 
 
-def make_writers(workdir: pathlib.Path, *, resume_at: int) -> list[Writer]:
+def make_writers(workdir: epath.PathLike, *, resume_at: int) -> list[Writer]:
     """JSON lines always; clu's TensorBoard writer where TensorFlow is there to write it."""
-    writers: list[Writer] = [JsonLines(workdir / "metrics.jsonl", resume_at=resume_at)]
+    writers: list[Writer] = [JsonLines(epath.Path(workdir) / "metrics.jsonl", resume_at=resume_at)]
     try:
         # clu.metric_writers imports TensorFlow, which only the `tensorboard` extra installs.
         from clu import metric_writers
     except ImportError:
         return writers
-    return [*writers, metric_writers.SummaryWriter(str(workdir / "tensorboard"))]
+    return [*writers, metric_writers.SummaryWriter(str(epath.Path(workdir) / "tensorboard"))]

@@ -7,12 +7,22 @@ The paper averages vectors; a moving average of vectors collapses a law to its m
 average is on moments and the law itself is kept as samples.
 """
 
+from collections.abc import Callable, Iterator
 from typing import no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+IMAGES_PER_ATOM = 8  # read to fill a bank, at most: a group's ring is then full whatever the order
+
+# Conditions of real prefixes of at most so many images, spread over all there are: batches of
+# conditions on the device, labels, and which rows count.
+Batch = tuple[Float[Array, "b s d"], Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]
+Read = Callable[[int], Iterator[Batch]]
+Compiled = Callable[[Callable], Callable]  # jit, on whatever mesh the conditions are on
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
@@ -38,6 +48,25 @@ class Bank:
     def width(self) -> int:
         """Width of a condition."""
         return self.atoms.shape[-1]
+
+    def fill(self, read: Read, compiled: Compiled, *, num_classes: int) -> "Bank":
+        """The bank with conditions of real prefixes in it."""
+        del num_classes
+        _, num_groups, num_atoms, _ = self.atoms.shape
+        cond, label = collect(read(IMAGES_PER_ATOM * num_atoms * num_groups))
+        group = jnp.asarray(label) if num_groups > 1 else jnp.zeros_like(label)
+        return compiled(update_bank)(self, jnp.asarray(cond), group=group)
+
+
+def collect(
+    batches: Iterator[Batch],
+) -> tuple[Float[np.ndarray, "n s d"], Int[np.ndarray, " n"]]:
+    """All conditions that count, on the host, and their labels."""
+    conds, labels = [], []
+    for cond, label, valid in batches:
+        conds.append(np.asarray(cond)[valid])
+        labels.append(label[valid])
+    return np.concatenate(conds), np.concatenate(labels)
 
 
 def init_bank(

@@ -5,6 +5,7 @@ class means and one matrix per slot, with no reference condition inside. Dowson 
 for normal laws it is the exact step of Jordan, Kinderlehrer and Otto (1998).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import no_type_check
 
@@ -142,3 +143,46 @@ def _spectral(
 
 def _product(*matrices: Float[Array, "d d"]) -> Float[Array, "d d"]:
     return jnp.linalg.multi_dot(matrices, precision="highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Means of every group and one normal map; the `refiners.Maps` of the kind "bures"."""
+
+    def fit(
+        self,
+        bank: bank_lib.Bank,
+        source: Float[Array, "g n d"],
+        *,
+        options: options_lib.RefineOptions,
+    ) -> GaussianMap:
+        return fit(bank.atoms, source, count=bank.count, options=options)
+
+    def arrange(self, group: Int[Array, " b"], num_groups: int) -> None:
+        """The map is looked up by the row."""
+        del group, num_groups
+
+    def refine(
+        self,
+        cond: Float[Array, "b d"],
+        maps: GaussianMap,
+        arranged: None,
+        *,
+        group: Int[Array, " b"],
+        options: options_lib.RefineOptions,
+    ) -> Float[Array, "b d"]:
+        del arranged
+        return refine(cond, maps, group=group, options=options)
+
+    def refine_source(
+        self,
+        source: Float[Array, "g n d"],
+        maps: GaussianMap,
+        *,
+        options: options_lib.RefineOptions,
+    ) -> Float[Array, "g n d"]:
+        """As any other rows: a row is but a little of a mean and a covariance."""
+        g, n, d = source.shape
+        group = jnp.repeat(jnp.arange(g), n)
+        moved = refine(source.reshape(g * n, d), maps, group=group, options=options)
+        return moved.reshape(source.shape)

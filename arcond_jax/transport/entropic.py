@@ -7,13 +7,17 @@ subtracted (Feydy et al. 2019; Pooladian and Niles-Weed 2021), since the bare ba
 converges to a shrunken law.
 """
 
+import dataclasses
+import functools
 from typing import no_type_check
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from arcond_jax.transport import bank as bank_lib
+from arcond_jax.transport import blocks as blocks_lib
 from arcond_jax.transport import options as options_lib
 from arcond_jax.transport import sinkhorn
 
@@ -38,6 +42,11 @@ class EntropicMap:
     h: Float[Array, "*s_g n"] | None
     epsilon: Float[Array, "*s_g"]
     valid: Bool[Array, "*s_g"]
+
+    @property
+    def width(self) -> int:
+        """Width of a condition."""
+        return self.atoms.shape[-1]
 
 
 def entropy_weight(
@@ -164,3 +173,50 @@ def _move(
         shift = shift * jnp.minimum(1.0, reach / jnp.sqrt(square))
     refined = start + options.step_size * shift
     return jnp.where(entropic_map.valid, refined, start).astype(cond.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerGroup:
+    """A map of its own for every group; the `refiners.Maps` of the kind "stored"."""
+
+    def fit(
+        self,
+        bank: bank_lib.Bank,
+        source: Float[Array, "g n d"],
+        *,
+        options: options_lib.RefineOptions,
+    ) -> EntropicMap:
+        """Fits each group's."""
+        return jax.vmap(functools.partial(fit, options=options))(
+            bank.atoms, source, count=bank.count, radius=bank_lib.radius(bank)
+        )
+
+    def arrange(self, group: Int[Array, " b"], num_groups: int) -> blocks_lib.Blocks | None:
+        """Rows of each group side by side, so that they share one matrix product with its map."""
+        return None if num_groups == 1 else blocks_lib.make(group, num_groups)
+
+    def refine(
+        self,
+        cond: Float[Array, "b d"],
+        maps: EntropicMap,
+        arranged: blocks_lib.Blocks | None,
+        *,
+        group: Int[Array, " b"],
+        options: options_lib.RefineOptions,
+    ) -> Float[Array, "b d"]:
+        """Moves each row by the map of its group."""
+        del group  # the arrangement knows it
+        one_group = functools.partial(refine_rows, options=options)
+        if arranged is None:
+            return one_group(cond, jax.tree.map(lambda leaf: leaf[0], maps))
+        return blocks_lib.apply(one_group, cond, maps, blocks=arranged)
+
+    def refine_source(
+        self,
+        source: Float[Array, "g n d"],
+        maps: EntropicMap,
+        *,
+        options: options_lib.RefineOptions,
+    ) -> Float[Array, "g n d"]:
+        """Moves each row by the map of its group, without itself."""
+        return jax.vmap(functools.partial(refine_source, options=options))(source, maps)

@@ -1,14 +1,16 @@
 """Refiners for the sampling loop: conditions in, conditions out, one slot at a time.
 
 All keep the contract `arcond_jax.types.Refiner` and are pytrees, so they pass through jit as
-arguments. `Stored` and `Pooled` hold maps fitted beforehand and treat every row on its own;
-`InBatch` solves transport for the batch at hand, as "Condition Errors Refinement in Autoregressive
-Image Generation with Diffusion Loss" (ICLR 2026) reads literally; `Calibrator` fits maps in one
-rollout, slot by slot, because the conditions of a slot depend on how earlier slots were refined.
+arguments. `Fitted` holds maps fitted beforehand and treats every row on its own; `InBatch` solves
+transport for the batch at hand, as "Condition Errors Refinement in Autoregressive Image Generation
+with Diffusion Loss" (ICLR 2026) reads literally; `Calibrator` fits maps in one rollout, slot by
+slot, because the conditions of a slot depend on how earlier slots were refined.
+
+What a map is, is a `Maps` of `entropic`, `bures` or `residual`.
 """
 
 import functools
-from typing import Any, Literal, no_type_check
+from typing import Any, Literal, Protocol, no_type_check, runtime_checkable
 
 import flax.struct
 import jax
@@ -17,8 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from arcond_jax import types
 from arcond_jax.transport import bank as bank_lib
-from arcond_jax.transport import blocks as blocks_lib
-from arcond_jax.transport import bures, entropic, residual, sinkhorn
+from arcond_jax.transport import entropic, sinkhorn
 from arcond_jax.transport import inverse as inverse_lib
 from arcond_jax.transport import options as options_lib
 
@@ -26,11 +27,44 @@ from arcond_jax.transport import options as options_lib
 # "shared": all rows are of group 0, whatever their label.
 Grouping = Literal["class", "shared"]
 
-# "stored": an entropic map for every group. "bures": means of every group and one normal map.
-# "residual": means of every group and one entropic map of the rest, in few directions.
-Fitted = Literal["stored", "bures", "residual"]
-
 _OPTIONS = options_lib.RefineOptions()
+
+
+@runtime_checkable  # annotations are checked at run time in the tests
+class Maps(Protocol):
+    """One way to map sampled conditions to real ones, for all groups of a slot at a time.
+
+    Hashable, since it is static under jit. The maps themselves are a tree whose leaf `valid` [g]
+    says which groups had enough to fit.
+    """
+
+    def fit(
+        self, bank: Any, source: Float[Array, "g n d"], *, options: options_lib.RefineOptions
+    ) -> Any:
+        """Fits the maps of one slot, given its part of the bank and sampled conditions."""
+        ...
+
+    def arrange(self, group: Int[Array, " b"], num_groups: int) -> Any:
+        """What `refine` wants to know of the rows, computed once for all slots."""
+        ...
+
+    def refine(
+        self,
+        cond: Float[Array, "b d"],
+        maps: Any,
+        arranged: Any,
+        *,
+        group: Int[Array, " b"],
+        options: options_lib.RefineOptions,
+    ) -> Float[Array, "b d"]:
+        """Moves the conditions of one slot, each row on its own."""
+        ...
+
+    def refine_source(
+        self, source: Float[Array, "g n d"], maps: Any, *, options: options_lib.RefineOptions
+    ) -> Float[Array, "g n d"]:
+        """Moves the conditions the maps were fitted on, leaving each out of its own map."""
+        ...
 
 
 @flax.struct.dataclass
@@ -57,45 +91,45 @@ class Identity:
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
 @flax.struct.dataclass
-class StoredState:
-    """What `Stored` carries from slot to slot.
+class FittedState:
+    """What `Fitted` carries from slot to slot.
 
     Attributes:
-      blocks: Rows of each group side by side, so that they share one matrix product with its map;
-        None if all rows are of one group.
+      arranged: The rows as its maps want them.
       previous: Refined conditions of the slot before; None unless the term R is on.
     """
 
-    blocks: blocks_lib.Blocks | None
+    arranged: Any
     previous: Float[Array, "b d"] | None
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
 @flax.struct.dataclass
-class Stored:
-    """Applies the entropic map of each row's slot and group; rows do not see each other.
+class Fitted:
+    """Applies the maps of each slot; rows do not see each other.
 
     Attributes:
-      maps: One map per slot and group, from `Calibrator.finish`.
+      maps: Of all slots, from `Calibrator.finish`.
       inverse: Operators of the term R, one per slot; needed if `options.inverse_weight` is not 0.
       options: The choices the maps were fitted with.
       grouping: What a group is.
+      kind: What the maps are.
     """
 
-    maps: entropic.EntropicMap
+    maps: Any
     inverse: inverse_lib.Inverse | None = None
     options: options_lib.RefineOptions = flax.struct.field(pytree_node=False, default=_OPTIONS)
     grouping: Grouping = flax.struct.field(pytree_node=False, default="class")
+    kind: Maps = flax.struct.field(pytree_node=False, default=entropic.PerGroup())
 
     def init(self, label: Int[Array, " b"]) -> types.RefinerState:
-        """Sorts the rows by group, once for all slots."""
-        width, num_groups = self.maps.atoms.shape[-1], self.maps.valid.shape[1]
-        blocks = None
-        if self.grouping == "class":
-            group, _ = _group_of(label, num_groups, self.grouping)
-            blocks = blocks_lib.make(group, num_groups)
-        previous = _init_previous(label, width, inverse=self.inverse, options=self.options)
-        return StoredState(blocks=blocks, previous=previous)
+        """Arranges the rows, once for all slots."""
+        num_groups, width = self.maps.valid.shape[1], self.maps.width
+        group, _ = _group_of(label, num_groups, self.grouping)
+        return FittedState(
+            arranged=self.kind.arrange(group, num_groups),
+            previous=_init_previous(label, width, inverse=self.inverse, options=self.options),
+        )
 
     def __call__(
         self,
@@ -108,57 +142,16 @@ class Stored:
         """Refines the conditions of one slot."""
         group, known = _group_of(label, self.maps.valid.shape[1], self.grouping)
         maps = jax.tree.map(lambda leaf: leaf[slot], self.maps)
-        refine = functools.partial(entropic.refine_rows, options=self.options)
-        if state.blocks is None:
-            refined = refine(cond, jax.tree.map(lambda leaf: leaf[0], maps))
-        else:
-            refined = blocks_lib.apply(refine, cond, maps, blocks=state.blocks)
-        active = known & maps.valid[group]
+        refined = self.kind.refine(cond, maps, state.arranged, group=group, options=self.options)
         refined, previous = _settle(
-            cond, refined, state.previous, slot=slot, active=active, refiner=self
+            cond,
+            refined,
+            state.previous,
+            slot=slot,
+            active=known & maps.valid[group],
+            refiner=self,
         )
         return refined, state.replace(previous=previous)
-
-
-@no_type_check  # jax rebuilds pytrees around shapes, axes and None
-@flax.struct.dataclass
-class Pooled:
-    """Applies the one map of the slot, with the means of each row's group; rows do not mix.
-
-    Attributes:
-      maps: One map per slot, from `Calibrator.finish`.
-      inverse: Operators of the term R, one per slot; needed if `options.inverse_weight` is not 0.
-      options: The choices the maps were fitted with.
-      grouping: What a group is.
-    """
-
-    maps: bures.GaussianMap | residual.ResidualMap
-    inverse: inverse_lib.Inverse | None = None
-    options: options_lib.RefineOptions = flax.struct.field(pytree_node=False, default=_OPTIONS)
-    grouping: Grouping = flax.struct.field(pytree_node=False, default="class")
-
-    def init(self, label: Int[Array, " b"]) -> types.RefinerState:
-        """Carries the conditions of the slot before, if the term R is on."""
-        width = self.maps.width
-        return _init_previous(label, width, inverse=self.inverse, options=self.options)
-
-    def __call__(
-        self,
-        cond: Float[Array, "b d"],
-        state: types.RefinerState,
-        *,
-        slot: Int[Array, ""],
-        label: Int[Array, " b"],
-    ) -> tuple[Float[Array, "b d"], types.RefinerState]:
-        """Refines the conditions of one slot."""
-        group, known = _group_of(label, self.maps.valid.shape[1], self.grouping)
-        pooled = jax.tree.map(lambda leaf: leaf[slot], self.maps)
-        if isinstance(pooled, bures.GaussianMap):
-            refined = bures.refine(cond, pooled, group=group, options=self.options)
-        else:
-            refined = residual.refine(cond, pooled, group=group, options=self.options)
-        active = known & pooled.valid[group]
-        return _settle(cond, refined, state, slot=slot, active=active, refiner=self)
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
@@ -242,30 +235,30 @@ class Calibrator:
     """Fits maps while it refines: one rollout with it calibrates all slots.
 
     The batch must be class-major with as many rows for every group of the bank, in the order of the
-    groups: 100 or more serve well, and a few are enough for "residual" with many groups. Calibrate
-    for the temperature, guidance and number of steps that are used later, since the conditions
-    depend on them.
+    groups: 100 or more serve well, and a few are enough for residual maps with many groups.
+    Calibrate for the temperature, guidance and number of steps that are used later, since the
+    conditions depend on them.
 
     Attributes:
-      bank: Reference conditions, a `residual.ResidualBank` for the kind "residual".
+      bank: Reference conditions.
       inverse: Operators of the term R, one per slot; needed if `options.inverse_weight` is not 0.
       options: Static choices.
       grouping: What a group is; handed on to what `finish` gives.
-      kind: Which maps.
+      kind: What the maps are.
     """
 
-    bank: bank_lib.Bank | residual.ResidualBank
+    bank: Any
     inverse: inverse_lib.Inverse | None = None
     options: options_lib.RefineOptions = flax.struct.field(pytree_node=False, default=_OPTIONS)
     grouping: Grouping = flax.struct.field(pytree_node=False, default="class")
-    kind: Fitted = flax.struct.field(pytree_node=False, default="stored")
+    kind: Maps = flax.struct.field(pytree_node=False, default=entropic.PerGroup())
 
     def init(self, label: Int[Array, " b"]) -> types.RefinerState:
         """Carries the maps of all slots, empty at first."""
         num_slots, num_groups = self.bank.count.shape
         num_rows = _rows_per_group(label.shape[0], num_groups)
-        blocks = jax.ShapeDtypeStruct((num_groups, num_rows, self.bank.width), jnp.float32)
-        shapes = jax.eval_shape(lambda rows: self._fit(rows, jnp.array(0)), blocks)
+        source = jax.ShapeDtypeStruct((num_groups, num_rows, self.bank.width), jnp.float32)
+        shapes = jax.eval_shape(lambda source: self._fit(source, jnp.array(0)), source)
         maps = jax.tree.map(lambda x: jnp.zeros((num_slots, *x.shape), x.dtype), shapes)
         previous = _init_previous(
             label, self.bank.width, inverse=self.inverse, options=self.options
@@ -282,40 +275,31 @@ class Calibrator:
     ) -> tuple[Float[Array, "b d"], types.RefinerState]:
         """Fits the maps of one slot and refines with them, each row left out of its own map."""
         del label  # class-major: the place of a row tells its group
-        blocks = _split(cond, self.bank.count.shape[1])
-        maps = self._fit(blocks, slot)
-        num_groups, num_rows, _ = blocks.shape
+        source = _split(cond, self.bank.count.shape[1])
+        maps = self._fit(source, slot)
+        num_groups, num_rows, _ = source.shape
         group = jnp.repeat(jnp.arange(num_groups), num_rows)
-        if self.kind == "bures":
-            refined = bures.refine(cond, maps, group=group, options=self.options)
-        elif self.kind == "residual":
-            refined = residual.refine(cond, maps, group=group, options=self.options, fitted_on=True)
-        else:
-            refine = functools.partial(entropic.refine_source, options=self.options)
-            refined = jax.vmap(refine)(blocks, maps).reshape(cond.shape)
+        refined = self.kind.refine_source(source, maps, options=self.options).reshape(cond.shape)
         refined, previous = _settle(
             cond, refined, state.previous, slot=slot, active=maps.valid[group], refiner=self
         )
         maps = jax.tree.map(lambda leaf, one: leaf.at[slot].set(one), state.maps, maps)
         return refined, CalibrationState(maps=maps, previous=previous)
 
-    def finish(self, state: types.RefinerState) -> Stored | Pooled:
+    def finish(self, state: types.RefinerState) -> Fitted:
         """Turns the state after the last slot into a refiner for single rows."""
-        make = Stored if self.kind == "stored" else Pooled
-        return make(
-            maps=state.maps, inverse=self.inverse, options=self.options, grouping=self.grouping
+        return Fitted(
+            maps=state.maps,
+            inverse=self.inverse,
+            options=self.options,
+            grouping=self.grouping,
+            kind=self.kind,
         )
 
-    def _fit(self, blocks: Float[Array, "g n d"], slot: Int[Array, ""]) -> Any:
+    def _fit(self, source: Float[Array, "g n d"], slot: Int[Array, ""]) -> Any:
         """The maps of one slot."""
         bank = jax.tree.map(lambda leaf: leaf[slot], self.bank)
-        if self.kind == "residual":
-            return residual.fit(bank, blocks, options=self.options)
-        if self.kind == "bures":
-            return bures.fit(bank.atoms, blocks, count=bank.count, options=self.options)
-        return jax.vmap(functools.partial(entropic.fit, options=self.options))(
-            bank.atoms, blocks, count=bank.count, radius=bank_lib.radius(bank)
-        )
+        return self.kind.fit(bank, source, options=self.options)
 
 
 def _group_of(
@@ -365,7 +349,7 @@ def _settle(
     *,
     slot: Int[Array, ""],
     active: Bool[Array, " b"],
-    refiner: Stored | Pooled | Calibrator,
+    refiner: Fitted | Calibrator,
 ) -> tuple[Float[Array, "b d"], Float[Array, "b d"] | None]:
     """Adds the term R if it is on and gives rows that are not to be refined back as they came."""
     if previous is not None and refiner.options.step_size > 0.0:

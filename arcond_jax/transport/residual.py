@@ -11,18 +11,22 @@ Generation with Diffusion Loss" (ICLR 2026), which says nothing on the size of i
 """
 
 import dataclasses
+import functools
 from typing import no_type_check
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from arcond_jax.transport import bank as bank_lib
 from arcond_jax.transport import entropic
 from arcond_jax.transport import options as options_lib
 
 # Rows of a class at which its own drift of the mean counts as much as that of all classes: the
 # mean of few rows is mostly noise.
 PRIOR_ROWS = 10.0
+IMAGES_PER_MEAN = 200  # of each class, read for the moments of a bank, at most
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
@@ -66,6 +70,22 @@ class ResidualBank:
     def width(self) -> int:
         """Width of a condition."""
         return self.basis.shape[-2]
+
+    def fill(
+        self, read: bank_lib.Read, compiled: bank_lib.Compiled, *, num_classes: int
+    ) -> "ResidualBank":
+        """Means and directions from many images, a batch in memory at a time; then the atoms."""
+        (_, num_groups), num_atoms = self.count.shape, self.atoms.shape[1]
+        add_batch = compiled(functools.partial(add, num_groups=num_groups))
+        moments = None
+        for cond, label, valid in read(IMAGES_PER_MEAN * num_classes):
+            group = np.where(valid, 0 if num_groups == 1 else label, num_groups)
+            moments = add_batch(moments, cond, group=group)
+        cond, label = bank_lib.collect(read(num_atoms))
+        again = np.arange(num_atoms) % len(cond)  # where there are fewer images than atoms
+        num_directions = self.basis.shape[2]
+        make = compiled(functools.partial(make_bank, num_directions=num_directions))
+        return make(moments, jnp.asarray(cond[again]), group=label[again] * (num_groups > 1))
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
@@ -240,6 +260,49 @@ def refine(
     start = cond.astype(jnp.float32)
     refined = start + jnp.matmul(move, residual_map.basis.T, precision="highest")
     return jnp.where(residual_map.valid[group][:, None], refined, start).astype(cond.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """Means of every group and one map of the rest; the `refiners.Maps` of the kind "residual"."""
+
+    def fit(
+        self,
+        bank: ResidualBank,
+        source: Float[Array, "g n d"],
+        *,
+        options: options_lib.RefineOptions,
+    ) -> ResidualMap:
+        return fit(bank, source, options=options)
+
+    def arrange(self, group: Int[Array, " b"], num_groups: int) -> None:
+        """The map is the same for all rows."""
+        del group, num_groups
+
+    def refine(
+        self,
+        cond: Float[Array, "b d"],
+        maps: ResidualMap,
+        arranged: None,
+        *,
+        group: Int[Array, " b"],
+        options: options_lib.RefineOptions,
+    ) -> Float[Array, "b d"]:
+        del arranged
+        return refine(cond, maps, group=group, options=options)
+
+    def refine_source(
+        self,
+        source: Float[Array, "g n d"],
+        maps: ResidualMap,
+        *,
+        options: options_lib.RefineOptions,
+    ) -> Float[Array, "g n d"]:
+        """Leaves each of the rows that became residuals of the map out of it."""
+        g, n, d = source.shape
+        group = jnp.repeat(jnp.arange(g), n)
+        rows = source.reshape(g * n, d)
+        return refine(rows, maps, group=group, options=options, fitted_on=True).reshape(g, n, d)
 
 
 def _project(cond: Float[Array, "*s n d"], basis: Float[Array, "*t d k"]) -> Float[Array, "*s n k"]:

@@ -132,21 +132,6 @@ def barycenter(
     return jnp.matmul(weights, points.astype(weights.dtype), precision="highest")
 
 
-def marginal_errors(
-    cost: Float[Array, "n m"],
-    potentials: Potentials,
-    *,
-    epsilon: Float[Array, ""],
-    weights: Float[Array, " m"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Total variation of the plan's row and column marginals to the wanted ones, in [0, 1]."""
-    f, g = potentials.f, potentials.g
-    plan = jnp.exp((f[:, None] + g[None, :] - cost) / epsilon)
-    row_error = 0.5 * jnp.abs(plan.sum(axis=1) - 1.0 / cost.shape[0]).sum()
-    column_error = 0.5 * jnp.abs(plan.sum(axis=0) - weights).sum()
-    return row_error, column_error
-
-
 def _geometry(
     cost: Float[Array, "n m"],
     epsilon: Float[Array, ""],

@@ -62,16 +62,16 @@ def test_refinement_strip_runs_from_first_draft_to_final(channels):
 
 def test_training_curves_draw_what_is_there():
     rows = [
-        {"step": 1, "loss": 2.0, "cross_entropy/slot_0": 3.0},
+        {"step": 1, "loss": 2.0, "cross_entropy": 3.0},
         {"step": 2, "validation/loss": 2.5},
-        {"step": 3, "loss": 1.0, "cross_entropy/slot_0": 2.0, "cross_entropy/slot_1": 2.2},
+        {"step": 3, "loss": 1.0, "cross_entropy": 2.0, "cross_entropy/draft_1": 2.2},
         {"loss": 7.0},
         {"step": 4, "loss": float("nan"), "images_per_second": 12.0},
     ]
     figure = figures.training_curves(rows)
     assert [axis.get_title("left") for axis in figure.axes] == ["Loss", "Cross-entropy (nats)"]
     curves = {line.get_label(): line for axis in figure.axes for line in axis.lines}
-    assert set(curves) == {"loss", "validation/loss", "slot_0", "slot_1"}
+    assert set(curves) == {"loss", "validation/loss", "code", "draft_1"}
     np.testing.assert_array_equal(curves["loss"].get_xdata(), [1, 3, 4])
     assert size_of(figure) == (1300, 460)
     with pytest.raises(ValueError, match="No loss to draw: 1 rows"):

@@ -8,7 +8,8 @@ import pytest
 
 from arcond_jax.convert import llamagen, magvit2, table
 from arcond_jax.convert import rar as rar_table
-from arcond_jax.models import captioned, diffusion_head, gpt, joint, rar
+from arcond_jax.models import causal, diffusion_head, gpt, joint, prompted, rar
+from arcond_jax.models import llamagen as llamagen_model
 from arcond_jax.models import magvit2 as magvit2_model
 
 GRID, NUM_CLASSES = (16, 16), 1000
@@ -32,33 +33,34 @@ OFFICIAL = {
 }
 
 
+def abstract_params(network):
+    """Shapes of the parameters."""
+    init = causal.Generator(network, losses=()).init
+    return nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+
+
 def made(family, size):
     """Rows of a table and the shapes they are for."""
     if family == "rar":
         network = rar.RAR(GRID, num_codes=1024, num_classes=NUM_CLASSES, **rar.SIZES[size])
-        rows, method = rar_table.rows(network), rar.RAR.touch_all
-    elif family == "llamagen":
-        backbone = gpt.GPT(grid=GRID, **gpt.SIZES[size])
-        network = joint.Joint(backbone, NUM_CLASSES, num_codes=16384)
-        rows, method = llamagen.rows(network), joint.Joint.touch_all
-    elif family == "llamagen_t2i":
-        backbone = gpt.GPT(grid=GRID, num_prefix=captioned.NUM_PREFIX, **gpt.SIZES[size])
-        network = captioned.Captioned(backbone, 0, num_codes=16384)
-        rows = llamagen.captioned_rows(network)
-        touch_all = captioned.Captioned.touch_all
-        shapes = jax.eval_shape(lambda rng: network.init(rng, method=touch_all), jax.random.key(0))
-        return rows, nn.unbox(shapes)["params"]
-    else:
+        rows = rar_table.rows(network)
+    elif family == "magvit2":
         sizes = dict(magvit2_model.SIZES[size])
         intra_depth = sizes.pop("intra_depth")
-        backbone = gpt.GPT(grid=GRID, **sizes)
-        network = magvit2_model.MAGVIT2(backbone, NUM_CLASSES, intra_depth=intra_depth)
-        rows, method = magvit2.rows(network), magvit2_model.MAGVIT2.touch_all
-    label = jax.ShapeDtypeStruct((1,), np.int32)
-    shapes = jax.eval_shape(
-        lambda rng, label: network.init(rng, label, method=method), jax.random.key(0), label
-    )
-    return rows, nn.unbox(shapes)["params"]
+        network = magvit2_model.MAGVIT2(
+            backbone=gpt.GPT(grid=GRID, **sizes), num_classes=NUM_CLASSES, intra_depth=intra_depth
+        )
+        rows = magvit2.rows(network)
+    else:
+        is_captioned = family == "llamagen_t2i"
+        num_prefix = prompted.NUM_CAPTION_VECTORS if is_captioned else 1
+        network = llamagen_model.LlamaGen(
+            backbone=gpt.GPT(grid=GRID, num_prefix=num_prefix, **gpt.SIZES[size]),
+            num_classes=None if is_captioned else NUM_CLASSES,
+            num_codes=16384,
+        )
+        rows = llamagen.rows(network)
+    return rows, abstract_params(network)
 
 
 @pytest.mark.parametrize(("family", "size"), OFFICIAL)
@@ -74,7 +76,9 @@ def test_tables_hold_what_the_official_modules_hold(family, size):
 
 def test_names_in_a_released_checkpoint_have_a_prefix():
     backbone = gpt.GPT(depth=1, width=16, num_heads=2, grid=(2, 2))
-    network = magvit2_model.MAGVIT2(backbone, 3, factor_sizes=(4, 8), intra_depth=1)
+    network = magvit2_model.MAGVIT2(
+        backbone=backbone, num_classes=3, factor_sizes=(4, 8), intra_depth=1
+    )
     plain, prefixed = magvit2.rows(network), magvit2.rows(network, magvit2.PREFIX)
     for row, released in zip(plain, prefixed, strict=True):
         assert released.ours == row.ours
@@ -122,13 +126,10 @@ def test_joined_tensors_come_apart_again(join, num_layers):
         np.testing.assert_array_equal(back[name], array)
 
 
-def test_other_models_are_not_llamagen():
+@pytest.mark.parametrize("num_codes", [8, None])
+def test_models_of_latents_are_not_llamagen(num_codes):
     backbone = gpt.GPT(depth=1, width=16, num_heads=2, grid=(2, 2))
     head = diffusion_head.DiffusionHead(channels=4, depth=1, width=8)
-    for network in (
-        joint.Joint(backbone, 3, num_codes=8, window=2),
-        joint.Joint(backbone, 3, head, num_codes=8),
-        joint.Joint(backbone, 3, head),
-    ):
-        with pytest.raises(ValueError, match="codes alone"):
-            llamagen.rows(network)
+    network = joint.Joint(backbone=backbone, num_classes=3, head=head, num_codes=num_codes)
+    with pytest.raises(table.ConvertError, match="the parameters and the table differ in"):
+        table.their_shapes(llamagen.rows(network), abstract_params(network))

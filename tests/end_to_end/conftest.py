@@ -10,7 +10,7 @@ import jax
 import pytest
 import tiny
 
-from arcond_jax import run
+from arcond_jax.run import training
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +38,7 @@ def finished(tmp_path_factory) -> pathlib.Path:
     workdir.parent.mkdir(exist_ok=True)
     with patched_devices(), open(shared / "finished.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run.train(tiny.config(), workdir)  # returns at once where it is complete
+        assert training.train(tiny.config(), workdir)  # returns at once where it is complete
     return workdir
 
 

@@ -3,25 +3,31 @@
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 from test_cli import assert_one_line
 from test_converted import call, convert
 from test_converted_codes import BACKBONE, TOKENIZER, write_official
 
-from arcond_jax import build, run
+from arcond_jax import build
 from arcond_jax.evaluation import samples
+from arcond_jax.run import captions as captions_lib
+from arcond_jax.run import drawing, restoring
 from arcond_jax.transport import refiners
 
 # The real config, its sizes cut down; 8x8 pixels make 4x4 tokens.
 NUM_PREFIX, WIDTH = 6, 8
+VQ = (
+    "tokenizer.num_codes=64",
+    "tokenizer.latent_channels=16",
+    *(f"tokenizer.{size}" for size in TOKENIZER),
+)
 OVERRIDES = (
     "data.image_size=8",
     "training.dtype=float32",
-    "vq.num_codes=64",
-    "vq.latent_channels=16",
-    f"captioned.num_prefix={NUM_PREFIX}",
-    f"captioned.caption_width={WIDTH}",
+    f"model.num_caption_vectors={NUM_PREFIX}",
+    f"model.caption_width={WIDTH}",
+    *VQ,
     *BACKBONE,
-    *(f"vq.{size}" for size in TOKENIZER),
 )
 CONFIG = ["--config", "llamagen_t2i_xl_256", *(f"--config.{x}" for x in OVERRIDES)]
 
@@ -69,8 +75,9 @@ def test_captions_take_turns(converted, tmp_path):
     drawn = samples.read_samples(out)
     assert drawn.image_uint8.shape == (3, 8, 8, 3)
     np.testing.assert_array_equal(drawn.label, [0, 1, 2])
-    assert drawn.metadata["guidance_scale"] == 7.5
-    assert drawn.metadata["other_settings"] == {"top_k": 1000, "captions": "captions.npz"}
+    settings = drawn.metadata["sampling"]
+    assert (settings["guidance_scale"], settings["top_k"]) == (7.5, 1000)
+    assert settings["captions"] == "captions.npz"
 
 
 @pytest.mark.slow
@@ -80,10 +87,11 @@ def test_a_label_is_the_number_of_a_caption(converted, tmp_path):
     drawn = samples.read_samples(out)
     np.testing.assert_array_equal(drawn.label, [1] * 4)
     # The other captions may be anything.
-    captions = run.read_captions(path, run.config_for(converted, None, []))
-    alone = run.Captions(captions.embedding[1:2], captions.valid[1:2])
-    trained = run.with_captions(run.restore(converted), alone)
-    image_uint8 = run.Drawer(trained).images(refiners.Identity(), np.zeros(4, int), seed=0)
+    captions = captions_lib.read(path, restoring.config_for(converted, None, []))
+    alone = captions_lib.Captions(captions.embedding[1:2], captions.valid[1:2])
+    prompt = captions_lib.prompt_of(np.zeros(4, np.int32), alone)
+    drawer = drawing.Drawer(restoring.restore(converted))
+    image_uint8 = drawer.images(refiners.Identity(), prompt, seed=0)
     np.testing.assert_array_equal(drawn.image_uint8, image_uint8)
     call(sample(converted, out, "--captions", path, "--num_images", 4))
     np.testing.assert_array_equal(samples.read_samples(out).label, [0, 1, 2, 0])
@@ -134,9 +142,10 @@ def test_captions_that_cannot_be_drawn(converted, tmp_path, capsys):
 
 
 def test_captions_for_a_model_of_classes(tmp_path, capsys):
-    config = build.load_config("llamagen_b_256", OVERRIDES)
+    overrides = [x for x in OVERRIDES if "caption" not in x]
+    config = build.load_config("llamagen_b_256", overrides)
     write_official(tmp_path, "llamagen", config)
-    flags = ["--config", "llamagen_b_256", *CONFIG[2:]]
+    flags = ["--config", "llamagen_b_256", *(f"--config.{x}" for x in overrides)]
     call(convert("llamagen", tmp_path / "llamagen.safetensors", tmp_path / "b", *flags))
     capsys.readouterr()
     path = write_captions(tmp_path / "captions.npz")
@@ -154,16 +163,46 @@ def test_export_gives_the_official_file_back(converted, official, tmp_path):
         np.testing.assert_array_equal(back[name], array)
 
 
-def test_models_of_captions_are_not_trained(tmp_path, capsys):
-    message = "backbone captioned has no training: convert official weights"
+def test_models_of_captions_train_on_a_caption_for_each_class(converted, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+            pixels.save(tmp_path / "data" / "train" / name / f"{i}.png")
+    captions = write_captions(tmp_path / "captions.npz")
+    settings = {
+        "data.directory": tmp_path / "data",
+        "data.num_classes": 3,
+        "data.batch_size": 4,
+        "tokenizer.path": converted.parent / "vq",
+        "training.num_train_steps": 2,
+        "training.num_warmup_steps": 0,
+        "training.log_every": 1,
+        "training.samples_every": 2,
+    }
     arguments = ["train", "--workdir", tmp_path / "run", *CONFIG]
+    arguments += [f"--config.{name}={value}" for name, value in settings.items()]
+    message = "data.captions is not set: give the file that `arcond captions` made"
     assert_one_line(arguments, capsys, tmp_path, message)
-    assert_one_line(["bench", *CONFIG], capsys, tmp_path, message)
+    few = write_captions(
+        tmp_path / "few.npz",
+        embedding=np.zeros((1, NUM_PREFIX, WIDTH)),
+        valid=np.ones((1, NUM_PREFIX), bool),
+    )
+    message = "few.npz has 1 captions, data.num_classes is 3: give one for each class"
+    few = [*arguments, f"--config.data.captions={few}"]
+    assert_one_line(few, capsys, tmp_path, message)
+    call([*arguments, f"--config.data.captions={captions}"])
+    assert (tmp_path / "run" / "samples" / "step_00000002.png").exists()
+    call(sample(tmp_path / "run", tmp_path / "out.npz", "--captions", captions))
+    assert samples.read_samples(tmp_path / "out.npz").image_uint8.shape == (3, 8, 8, 3)
 
 
 def test_weights_of_the_other_kind(official, tmp_path, capsys):
     source = official / "llamagen_t2i.safetensors"
-    flags = ["--config", "llamagen_b_256", *CONFIG[2:]]
+    flags = [x for x in CONFIG[2:] if "caption" not in x]
+    flags = ["--config", "llamagen_b_256", *flags]
     arguments = convert("llamagen", source, tmp_path / "out", *flags)
     assert_one_line(arguments, capsys, tmp_path, "lack cls_embedding.embedding_table.weight")
     # Of a table of positions the first 120 are the caption's.

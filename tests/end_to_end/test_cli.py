@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from arcond_jax import run
 from arcond_jax.cli import main
 from arcond_jax.evaluation import samples
+from arcond_jax.run import restoring
 
 
 def flags(*more):
@@ -40,9 +40,9 @@ def assert_one_line(arguments, capsys, folder, *expected):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("gpt.dept=3", "unknown config key gpt.dept: did you mean gpt.depth?"),
-        ("gpt.depth=deep", "config key gpt.depth wants int, not 'deep'"),
-        ("tensorar.window=0", "tensorar.window 0 must be from 1 to the 16 positions"),
+        ("model.dept=3", "unknown config key model.dept: did you mean model.depth?"),
+        ("model.depth=deep", "config key model.depth wants int, not 'deep'"),
+        ("tensorar.window=0", "tensorar.window 0 must be at least 1"),
         ("tensorar.window=17", "tensorar.window 17 must be from 1 to the 16 positions"),
         ("mesh.fsdp=16", "needs 16 devices, but there are 1"),
         ("data.batch_size=1600", "1600 does not fit a dataset of 1437 images"),
@@ -56,7 +56,7 @@ def test_train_with_a_wrong_setting(override, message, tmp_path, capsys):
     ("config", "message"),
     [
         ("digits:big", "digits has no variant 'big': choose one of joint, ar, tensorar, base, mar"),
-        ("nothing.py", "no config file nothing.py: the library comes with ar_xl"),
+        ("nothing.py", "no config file nothing.py: give one, or the name of one that comes with"),
     ],
 )
 def test_train_without_a_config(config, message, tmp_path, capsys):
@@ -71,7 +71,7 @@ def test_train_below_a_file(tmp_path, capsys):
 
 def test_train_where_another_run_is(finished, capsys):
     assert_one_line(
-        train(finished, "gpt.width=32"), capsys, finished, "gpt.width=16", "the config says 32"
+        train(finished, "model.width=32"), capsys, finished, "model.width=16", "the config says 32"
     )
 
 
@@ -103,8 +103,8 @@ def sample(workdir, *more):
         (["--label", "-1"], "label -1 is not a class: use 0 to 9"),
         (["--class-name", "zero"], "classes of ImageNet, and this model has 10: use --label"),
         (["--num_images", "0"], "--num_images and --batch_size must be at least 1"),
-        (["--config.sampling.stride=2"], "a stride above 1 needs a model of codes alone"),
-        (["--config.gpt.width=32"], "holds a run with gpt.width=16, the config says 32"),
+        (["--config.sampling.stride=2"], "unknown config key sampling.stride: "),
+        (["--config.model.width=32"], "holds a run with model.width=16, the config says 32"),
         ([], "has no calibrated refiner: run `arcond calibrate --checkpoint"),
     ],
 )
@@ -126,7 +126,7 @@ def test_sample_into_a_missing_folder(finished, capsys):
 
 def test_an_empty_bank_is_filled_before_it_refines(finished, copy_of, capsys):
     workdir = copy_of(finished, last_step=4)
-    assert int(run.restore(workdir).bank.count.max()) == 0
+    assert int(restoring.restore(workdir).bank.count.max()) == 0
     assert main.main(["calibrate", "--checkpoint", str(workdir)]) == 0
     assert (workdir / "refiner").is_dir()
 
@@ -142,7 +142,7 @@ def test_evaluate_without_samples(finished, tmp_path, capsys):
     assert_one_line(arguments, capsys, tmp_path, str(path))
     image_uint8 = np.zeros((4, 8, 8, 1), np.uint8)
     samples.write_samples(path, image_uint8, np.arange(4), num_classes=10)
-    assert_one_line(arguments, capsys, tmp_path, f"{path} does not say how it was sampled")
+    assert_one_line(arguments, capsys, tmp_path, "the samples do not say how they were made")
     path.write_bytes(path.read_bytes()[:-100])
     assert_one_line(arguments, capsys, tmp_path, str(path))
 
@@ -156,7 +156,7 @@ def test_train_sample_plain(finished, tmp_path, capsys):
     drawn = samples.read_samples(out)
     assert drawn.image_uint8.shape == (16, 8, 8, 1)
     assert list(drawn.label) == [*range(10), *range(6)]
-    assert drawn.metadata["refinement"] is None
+    assert drawn.metadata["refinement"] == {}
     assert drawn.metadata["checkpoint_step"] == 6
     assert (tmp_path / "sheet.png").stat().st_size > 0
 

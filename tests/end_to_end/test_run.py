@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 import tiny
 
-from arcond_jax import build, checkpoint, run, sharding
+from arcond_jax import build, checkpoint
 from arcond_jax import config as config_lib
+from arcond_jax.build import saved as saved_lib
 from arcond_jax.cli import main
+from arcond_jax.parallel import processes
+from arcond_jax.run import drawing, refinement, restoring, training
 from arcond_jax.training import state as state_lib
 from arcond_jax.training import writer
 from arcond_jax.transport import refiners
@@ -28,18 +31,18 @@ from arcond_jax.transport import refiners
 KILLED = """
 import os, signal, sys
 import jax
-from arcond_jax import sharding
+from arcond_jax.parallel import processes
 from arcond_jax.cli import main
 one = jax.devices()[:1]
 jax.devices = lambda: one
-put_batch, count = sharding.put_batch, 0
+put_batch, count = processes.put_batch, 0
 def interrupting(batch, mesh):
     global count
     count += 1
     if count == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return put_batch(batch, mesh)
-sharding.put_batch = interrupting
+processes.put_batch = interrupting
 sys.exit(main.main(sys.argv[1:]))
 """
 
@@ -51,14 +54,14 @@ def train_arguments(workdir):
 
 def interrupt(patched, *, at_batch):
     """SIGTERM comes in this process, while a batch is put on the mesh."""
-    put_batch, count = sharding.put_batch, itertools.count(1)
+    put_batch, count = processes.put_batch, itertools.count(1)
 
     def interrupting(batch, mesh):
         if next(count) == at_batch:
             os.kill(os.getpid(), signal.SIGTERM)
         return put_batch(batch, mesh)
 
-    patched.setattr(sharding, "put_batch", interrupting)
+    patched.setattr(processes, "put_batch", interrupting)
 
 
 @functools.cache
@@ -93,7 +96,7 @@ def test_stopped_by_sigterm_and_resumed_is_uninterrupted(finished, tmp_path, mon
     assert f"stopped and saved: {workdir}" in capsys.readouterr().out
     assert [row["step"] for row in writer.read_rows(workdir / "metrics.jsonl")] == [1, 2, 3]
     assert int(saved_state(workdir).step) == 3
-    assert run.train(tiny.config(), workdir)
+    assert training.train(tiny.config(), workdir)
     assert_same_run(workdir, finished)
 
 
@@ -104,7 +107,7 @@ def test_killed_and_restarted_is_uninterrupted(finished, tmp_path):
     killed = subprocess.run(arguments, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert int(saved_state(workdir).step) in (2, 4)  # 4 only if its files were whole by then
-    assert run.train(tiny.config(), workdir)
+    assert training.train(tiny.config(), workdir)
     assert_same_run(workdir, finished)
 
 
@@ -116,11 +119,11 @@ def test_resuming_on_other_meshes_continues_the_curve(finished, copy_of, monkeyp
         eight = jax.local_devices()
         patched.setattr(jax, "devices", lambda: eight)
         interrupt(patched, at_batch=2)
-        assert not run.train(tiny.config(), workdir)  # steps 3 and 4 on eight devices
+        assert not training.train(tiny.config(), workdir)  # steps 3 and 4 on eight devices
         state = saved_state(workdir)
         assert int(state.step) == 4
         assert len(state.params["final_norm"]["scale"].sharding.device_set) == 8
-    assert run.train(tiny.config(), workdir)  # steps 5 and 6 on one
+    assert training.train(tiny.config(), workdir)  # steps 5 and 6 on one
     log, expected = rows_without_time(workdir), rows_without_time(finished)[2:]
     assert [row["step"] for row in log] == [3, 4, 5, 6]
     for name in ("loss", "gradient_norm"):
@@ -136,18 +139,15 @@ def test_a_completed_run_returns_at_once(finished, monkeypatch):
 
     before = (finished / "metrics.jsonl").read_text()
     monkeypatch.setattr(build, "train_step", unexpected)
-    assert run.train(tiny.config(), finished)
+    assert training.train(tiny.config(), finished)
     assert (finished / "metrics.jsonl").read_text() == before
 
 
 def test_what_a_run_writes(finished):
     config = json.loads((finished / "config.json").read_text())
-    assert config_lib.flat(config_lib.from_dict(config)) == config_lib.flat(tiny.config())
-    assert {path.name for path in finished.iterdir()} == {
-        "checkpoints",
-        "config.json",
-        "metrics.jsonl",
-    }
+    assert config_lib.flat(saved_lib.load(config)) == config_lib.flat(tiny.config())
+    written = {path.name for path in finished.iterdir()} - {"classifier.npz"}  # of an evaluation
+    assert written == {"checkpoints", "config.json", "metrics.jsonl"}
     rows = rows_without_time(finished)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "loss_diffusion", "loss_tensor", "learning_rate"} <= rows[0].keys()
@@ -155,7 +155,7 @@ def test_what_a_run_writes(finished):
 
 def test_the_bank_is_filled_when_training_completes(finished):
     config = tiny.config()
-    before, after = run.restore(finished, step=4), run.restore(finished)
+    before, after = restoring.restore(finished, step=4), restoring.restore(finished)
     assert int(before.bank.count.max()) == 0
     label = build.source(config, "train").label
     images_per_class = np.bincount(label, minlength=10)
@@ -166,7 +166,7 @@ def test_the_bank_is_filled_when_training_completes(finished):
     )
 
     # The atoms of a class are the conditions of its last images.
-    cond, of_label = run.conditions(after, "train")
+    cond, of_label = refinement.conditions(after, "train")
     last = cond[of_label == 7][-32:, 5]
     np.testing.assert_allclose(
         np.sort(np.asarray(after.bank.atoms[5, 7]), axis=0), np.sort(last, axis=0), atol=1e-5
@@ -176,17 +176,17 @@ def test_the_bank_is_filled_when_training_completes(finished):
 @pytest.fixture(scope="module")
 def calibrated(finished, tmp_path_factory):
     """The trained model, a folder with its calibrated refiner, and the refiner itself."""
-    trained, folder = run.restore(finished), tmp_path_factory.mktemp("calibrated")
-    refiner = run.calibrate(trained)
-    run.save_refiner(trained, folder, trained.config, refiner)
+    trained, folder = restoring.restore(finished), tmp_path_factory.mktemp("calibrated")
+    refiner = refinement.calibrate(trained)
+    refinement.save_refiner(trained, folder, trained.config, refiner)
     return trained, folder, refiner
 
 
 def test_a_refiner_on_disk_is_the_one_calibrated(calibrated):
     trained, folder, refiner = calibrated
-    loaded = run.load_refiner(trained, folder, trained.config)
+    loaded = refinement.load_refiner(trained, folder, trained.config)
     jax.tree.map(np.testing.assert_array_equal, loaded, refiner)
-    drawer, label = run.Drawer(trained), np.arange(16, dtype=np.int32) % 10
+    drawer, label = drawing.Drawer(trained), np.arange(16, dtype=np.int32) % 10
     images = [drawer.images(r, label, seed=0) for r in (refiner, loaded)]
     np.testing.assert_array_equal(*images)
     assert np.any(images[0] != drawer.images(refiners.Identity(), label, seed=0))
@@ -196,28 +196,28 @@ def test_a_refiner_of_residuals_fills_its_own_bank(finished, tmp_path):
     settings = ("transport.kind=residual", "transport.num_directions=5")
     config_of_one_group = (*settings, "transport.grouping=shared")
     config = tiny.config("joint", *settings)
-    trained = run.restore(finished, config=config)
-    bank = run.filled_bank(trained)
-    cond, label = run.conditions(trained, "train")
+    trained = restoring.restore(finished, config=config)
+    bank = refinement.filled_bank(trained)
+    cond, label = refinement.conditions(trained, "train")
     mean = np.stack([cond[label == group].mean(axis=0) for group in range(10)], axis=1)
     expected = np.einsum("sgd,sdk->sgk", mean, bank.basis)
     np.testing.assert_allclose(bank.mean, expected, atol=1e-4)
 
     # One of a single group, and of more atoms than images, fits its config but not this one.
     other = tiny.config("joint", *config_of_one_group, f"transport.num_atoms={len(cond) + 3}")
-    shared = run.filled_bank(dataclasses.replace(trained, config=other))
+    shared = refinement.filled_bank(dataclasses.replace(trained, config=other))
     assert shared.atoms.shape[1] == len(cond) + 3
     assert int(shared.count[0, 0]) == len(cond)
-    shared = run.filled_bank(
+    shared = refinement.filled_bank(
         dataclasses.replace(trained, config=tiny.config("joint", *config_of_one_group))
     )
-    refiner = run.calibrate(dataclasses.replace(trained, bank=shared))
+    refiner = refinement.calibrate(dataclasses.replace(trained, bank=shared))
     assert refiner.maps.shift.shape[1] == 10
 
-    run.save_refiner(trained, tmp_path, config, refiner)
-    loaded = run.load_refiner(trained, tmp_path, config)
+    refinement.save_refiner(trained, tmp_path, config, refiner)
+    loaded = refinement.load_refiner(trained, tmp_path, config)
     jax.tree.map(np.testing.assert_array_equal, loaded, refiner)
-    drawer, label = run.Drawer(trained), np.arange(16, dtype=np.int32) % 10
+    drawer, label = drawing.Drawer(trained), np.arange(16, dtype=np.int32) % 10
     refined, plain = (drawer.images(r, label, seed=0) for r in (loaded, refiners.Identity()))
     assert np.any(refined != plain)
 
@@ -233,22 +233,22 @@ def test_a_refiner_of_residuals_fills_its_own_bank(finished, tmp_path):
 def test_a_refiner_for_another_sampler_is_refused(calibrated, override, message):
     trained, folder, _ = calibrated
     with pytest.raises(build.ConfigError, match=message) as raised:
-        run.load_refiner(trained, folder, tiny.config("joint", override))
+        refinement.load_refiner(trained, folder, tiny.config("joint", override))
     assert "\n" not in str(raised.value)
 
 
 def test_a_refiner_older_than_a_setting_has_its_default(calibrated, monkeypatch):
     trained, folder, _ = calibrated
-    load, name = checkpoint.load_metadata, "transport.num_directions"
+    load, name = checkpoint.load_metadata, "transport.max_move"
     monkeypatch.setattr(
         checkpoint, "load_metadata", lambda path: {k: v for k, v in load(path).items() if k != name}
     )
-    run.load_refiner(trained, folder, trained.config)
-    with pytest.raises(build.ConfigError, match=r"num_directions=64, not 5"):
-        run.load_refiner(trained, folder, tiny.config("joint", f"{name}=5"))
+    refinement.load_refiner(trained, folder, trained.config)
+    with pytest.raises(build.ConfigError, match=r"max_move=3\.0, not 5\.0"):
+        refinement.load_refiner(trained, folder, tiny.config("joint", f"{name}=5"))
 
 
 def test_a_refiner_of_another_step_is_refused(calibrated, finished):
     trained, folder, _ = calibrated
     with pytest.raises(build.ConfigError, match="with checkpoint step=6, not 4"):
-        run.load_refiner(run.restore(finished, step=4), folder, trained.config)
+        refinement.load_refiner(restoring.restore(finished, step=4), folder, trained.config)

@@ -32,6 +32,6 @@ def reference(stripes, classifier):
         image[120:180],
         label[120:180],
         image_train=image[:120],
-        classifier=classifier,
+        extractor=classifier,
         name="stripes, held out",
     )

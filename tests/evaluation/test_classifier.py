@@ -6,7 +6,7 @@ import pytest
 
 from arcond_jax.data import digits
 from arcond_jax.evaluation import classifier as classifier_lib
-from arcond_jax.evaluation import scores
+from arcond_jax.evaluation import features, scores
 
 
 def test_reads_held_out_digits():
@@ -14,7 +14,7 @@ def test_reads_held_out_digits():
     trained = classifier_lib.train_classifier(
         train.image, train.label, num_classes=10, seed=0, num_train_steps=1000
     )
-    logits = np.asarray(trained.logits(held_out.image))
+    logits = np.asarray(trained(held_out.image)[1])
     assert scores.class_accuracy(logits, held_out.label) >= 0.97
 
 
@@ -30,7 +30,9 @@ def test_save_and_load_give_the_same_features(stripes, classifier, tmp_path):
     path = tmp_path / "classifier"
     classifier.save(path)
     loaded = classifier_lib.load(path)
-    np.testing.assert_array_equal(loaded.features(stripes[0]), classifier.features(stripes[0]))
+    for ours, expected in zip(loaded(stripes[0]), classifier(stripes[0]), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    assert isinstance(loaded, features.Features)
     assert loaded.image_shape == (6, 6, 1)
     assert loaded.num_classes == 3
 
@@ -60,7 +62,7 @@ def test_foreign_files_are_refused(classifier, tmp_path):
 
 def test_images_of_another_shape_are_refused(classifier):
     with pytest.raises(ValueError, match=r"\(6, 6, 1\), got \(8, 8, 1\)"):
-        classifier.features(np.zeros((2, 8, 8, 1), np.float32))
+        classifier(np.zeros((2, 8, 8, 1), np.float32))
 
 
 @pytest.mark.parametrize(

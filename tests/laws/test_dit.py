@@ -12,7 +12,7 @@ import pytest
 from arcond_jax import types
 from arcond_jax.diffusion import gaussian, schedule, solvers
 from arcond_jax.models import dit
-from arcond_jax.sampling import grid
+from arcond_jax.sampling import grid, guidance
 from arcond_jax.transport import refiners
 
 pytestmark = pytest.mark.slow  # minutes of compilation; tests/parity holds the arithmetic
@@ -188,8 +188,8 @@ def test_loss_falls(at_init):
 
 
 @functools.cache
-def sampler(guidance_scale):
-    loop = grid.GridSampler(NETWORK, SOLVER, guidance_scale)
+def sampler(**choices):
+    loop = grid.GridSampler(NETWORK, SOLVER, guidance=guidance.Guidance(**choices))
 
     def draw(params, rng, label, first_row):
         drawn = loop(params, rng, label, refiner=refiners.Identity(), first_row=first_row)
@@ -198,45 +198,61 @@ def sampler(guidance_scale):
     return jax.jit(draw)
 
 
-def sample(params, label, *, guidance_scale, seed=0, first_row=0):
-    return np.asarray(sampler(guidance_scale)(params, jax.random.key(seed), label, first_row))
+def sample(params, label, *, seed=0, first_row=0, **choices):
+    return np.asarray(sampler(**choices)(params, jax.random.key(seed), label, first_row))
+
+
+def chain(params, weights):
+    """Ancestral steps one by one, the noise guided by hand and v not, from the rows' own draws."""
+    process, rng = SOLVER.schedule, jax.random.key(0)
+    rows = [jax.random.normal(jax.random.fold_in(rng, i), (4, 6, 4)) for i in range(4)]
+    draws = jnp.stack(rows, axis=1)
+    x = draws[0]
+    for i, noise, weight in zip((2, 1, 0), draws[1:], weights, strict=True):
+        index, t = jnp.array(i), jnp.full(4, int(process.timesteps[i]))
+        told, untold = run(params, x, t, LABEL), run(params, x, t, NO_CLASS)
+        predicted = untold[..., :4] + weight * (told[..., :4] - untold[..., :4])
+        x0 = jnp.clip(gaussian.predict_x0(x, index, predicted, schedule=process), -3.0, 3.0)
+        mean = gaussian.posterior_mean(x0, x, index, schedule=process)
+        log_variance = gaussian.log_variance(told[..., 4:], index, schedule=process)
+        x = mean + (i > 0) * jnp.exp(0.5 * log_variance) * noise
+    return x
 
 
 def test_samples_follow_the_seed_and_not_the_batch(params):
-    whole = sample(params, LABEL, guidance_scale=2.0)
+    whole = sample(params, LABEL, scale=2.0)
     assert whole.shape == (4, 6, 4)
-    np.testing.assert_array_equal(whole, sample(params, LABEL, guidance_scale=2.0))
-    assert np.all(change(whole, sample(params, LABEL, guidance_scale=2.0, seed=1)) > 1e-2)
-    part = sample(params, LABEL[2:], guidance_scale=2.0, first_row=2)
+    np.testing.assert_array_equal(whole, sample(params, LABEL, scale=2.0))
+    assert np.all(change(whole, sample(params, LABEL, scale=2.0, seed=1)) > 1e-2)
+    part = sample(params, LABEL[2:], scale=2.0, first_row=2)
     np.testing.assert_allclose(part, whole[2:], atol=1e-4)
     # Rows 1 and 3 share a class, not their noise.
     assert np.max(np.abs(whole[1] - whole[3])) > 1e-2
 
 
 def test_guidance_does_nothing_at_scale_one_or_without_a_class(params):
-    plain = sample(params, LABEL, guidance_scale=1.0)
-    nearly = sample(params, LABEL, guidance_scale=1.0 + 1e-6)
+    plain = sample(params, LABEL, scale=1.0)
+    nearly = sample(params, LABEL, scale=float(np.nextafter(1.0, 2.0)), schedule="linear")
     np.testing.assert_allclose(nearly, plain, atol=1e-4)
-    guided, unguided = (sample(params, NO_CLASS, guidance_scale=scale) for scale in (2.0, 1.0))
+    guided, unguided = (sample(params, NO_CLASS, scale=scale) for scale in (2.0, 1.0))
     np.testing.assert_allclose(guided, unguided, atol=1e-4)
 
 
+def test_a_power_of_zero_is_constant_guidance(params):
+    power = sample(params, LABEL, scale=2.0, schedule="power_cosine", power=0.0)
+    np.testing.assert_allclose(power, sample(params, LABEL, scale=2.0), atol=1e-5)
+
+
+def test_guidance_grows_with_the_share_of_the_noise_that_is_undone(params):
+    """Steps at times 999, 666 and 332 undo 1, 334 and 668 of 1000."""
+    linear = sample(params, LABEL, scale=2.0, schedule="linear")
+    np.testing.assert_allclose(linear, chain(params, (1.001, 1.334, 1.668)), atol=1e-4)
+
+
 def test_samples_are_the_chain_written_out(params):
-    """Ancestral steps one by one, the noise guided by hand and v not, from the rows' own draws."""
-    process, rng = SOLVER.schedule, jax.random.key(0)
-    rows = [jax.random.normal(jax.random.fold_in(rng, i), (4, 6, 4)) for i in range(4)]
-    draws = jnp.stack(rows, axis=1)
-    x = draws[0]
-    for i, noise in zip((2, 1, 0), draws[1:], strict=True):
-        index, t = jnp.array(i), jnp.full(4, int(process.timesteps[i]))
-        told, untold = run(params, x, t, LABEL), run(params, x, t, NO_CLASS)
-        predicted = untold[..., :4] + 2.0 * (told[..., :4] - untold[..., :4])
-        x0 = jnp.clip(gaussian.predict_x0(x, index, predicted, schedule=process), -3.0, 3.0)
-        mean = gaussian.posterior_mean(x0, x, index, schedule=process)
-        log_variance = gaussian.log_variance(told[..., 4:], index, schedule=process)
-        x = mean + (i > 0) * jnp.exp(0.5 * log_variance) * noise
-    np.testing.assert_allclose(sample(params, LABEL, guidance_scale=2.0), x, atol=1e-4)
-    assert np.all(change(x, sample(params, LABEL, guidance_scale=1.0)) > 1e-2)
+    x = chain(params, (2.0, 2.0, 2.0))
+    np.testing.assert_allclose(sample(params, LABEL, scale=2.0), x, atol=1e-4)
+    assert np.all(change(x, sample(params, LABEL, scale=1.0)) > 1e-2)
 
 
 def test_there_is_nothing_to_trace():

@@ -64,6 +64,19 @@ def test_cached_equals_uncached_in_chunks_of_any_size(tokens):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
 
 
+def test_hidden_places_are_seen_by_themselves_alone(params, tokens):
+    network, hidden = gpt.GPT(**SETTINGS), jnp.array([[True, False], [True, True]])
+    visible = jnp.pad(~hidden, ((0, 0), (0, LENGTH - 2)), constant_values=True)
+    step = jax.jit(lambda x, cache: network.apply({"params": params}, x, cache, visible))
+    whole = step(tokens, None)[0]
+    other = step(jnp.where(visible[..., None], tokens, 1.0), None)[0]
+    np.testing.assert_array_equal(other[visible], whole[visible])
+    assert np.all(np.abs(other - whole)[~visible].max(-1) > 1e-2)
+    first, cache = step(tokens[:, :4], network.empty_cache(len(tokens)))
+    cached = jnp.concatenate([first, step(tokens[:, 4:], cache)[0]], axis=1)
+    np.testing.assert_allclose(cached, whole, atol=2e-5)
+
+
 def test_unrolled_layers_have_the_same_parameters_and_values(params, tokens, expected):
     network = gpt.GPT(**SETTINGS, unroll=SETTINGS["depth"])
     shapes = nn.unbox(jax.eval_shape(network.init, jax.random.key(0), tokens))["params"]

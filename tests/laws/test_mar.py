@@ -1,5 +1,6 @@
 """Laws of the masked model and of its sampling loop."""
 
+import functools
 import itertools
 import resource
 import time
@@ -17,6 +18,7 @@ from arcond_jax import build, types
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.diffusion import solvers
 from arcond_jax.models import diffusion_head, mar
+from arcond_jax.sampling import guidance as guidance_lib
 from arcond_jax.sampling import mar as sampling
 from arcond_jax.transport import refiners
 
@@ -36,7 +38,7 @@ NETWORK = mar.MAR(
     dropout=0.0,
 )
 LENGTH, CHANNELS = NETWORK.length, NETWORK.channels
-GENERATOR = mar.Generator(NETWORK, COSINE, mask_rate_min=0.3, slot_starts=(0, 3, 9))
+GENERATOR = mar.Generator(NETWORK, COSINE, mask_rate_min=0.3)
 LABEL = jnp.array([0, 1, 2, 0])
 RNG = jax.random.key(3)
 # From 900 of 1000 on: at 999 rounding is amplified 20,000 times.
@@ -57,8 +59,9 @@ def apply(params, *args, method):
     return NETWORK.apply({"params": params}, *args, method=method)
 
 
-def sampler(**changes):
-    options = dict(num_ar_steps=4, guidance_scale=1.0, num_buckets=2)
+def sampler(guidance_scale=1.0, schedule="linear", power=None, **changes):
+    guidance = guidance_lib.Guidance(guidance_scale, schedule=schedule, power=power)
+    options = dict(num_ar_steps=4, guidance=guidance, num_buckets=2)
     return sampling.MARSampler(NETWORK, SOLVER, **(options | changes))
 
 
@@ -289,7 +292,7 @@ def unrolled(params, loop):
 
         conds = jax.vmap(condition)(labels)
         share = min(end, LENGTH - 1) / LENGTH
-        weight = 1.0 + (loop.guidance_scale - 1.0) * share
+        weight = 1.0 + (loop.guidance.scale - 1.0) * share
 
         def denoise(x, t, conds=conds, weight=weight):
             a, b = jax.vmap(lambda cond: apply(params, x, t, cond, method=mar.MAR.denoise))(conds)
@@ -321,9 +324,19 @@ def test_guidance_of_one_is_none(params, plain):
     """A doubled batch with weight 1 draws what the conditional rows alone draw."""
     # In one bucket: nothing depends on their number, and half as much is compiled.
     loop = sampler(guidance_scale=1.0 + 1e-7, num_buckets=1)
-    assert loop.guided
+    assert loop.guidance.on
     drawn = compiled(loop)(params, RNG, LABEL, IDENTITY, 0).tokens.latents
     np.testing.assert_allclose(drawn, plain, rtol=2e-4, atol=2e-5)
+
+
+def test_a_power_of_zero_is_constant_guidance(params, plain):
+    def drawn(**guidance):
+        loop = sampler(2.0, num_buckets=1, **guidance)
+        return compiled(loop)(params, RNG, LABEL, IDENTITY, 0).tokens.latents
+
+    constant, power = drawn(schedule="constant"), drawn(schedule="power_cosine", power=0.0)
+    np.testing.assert_allclose(power, constant, rtol=1e-5, atol=1e-6)
+    assert jnp.abs(constant - plain).max() > 1e-3
 
 
 def test_a_row_does_not_depend_on_its_batch(params, plain):
@@ -403,8 +416,9 @@ def test_one_program_and_no_transfer(params, plain):
 
 
 def test_conditions_are_those_of_real_prefixes(params, latents):
-    """At slot 0 nothing is visible, so that only the class and the position can be known."""
-    conditions = jax.jit(GENERATOR.conditions)
+    """At step 0 nothing is visible, so that only the class and the position can be known."""
+    starts = jnp.array([0, 3, 9])
+    conditions = jax.jit(functools.partial(GENERATOR.conditions, starts=starts))
     cond = conditions(params, types.Tokens(latents=latents), LABEL, RNG)
     assert cond.shape == (len(LABEL), 3, 16)
     other = conditions(params, types.Tokens(latents=-latents), LABEL, RNG)

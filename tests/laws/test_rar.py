@@ -11,9 +11,10 @@ import optax
 import pytest
 import tiny
 
-from arcond_jax import sharding, types
-from arcond_jax.models import rar
-from arcond_jax.sampling import codes as codes_lib
+from arcond_jax import types
+from arcond_jax.models import causal, losses, rar
+from arcond_jax.parallel import compiled, mesh
+from arcond_jax.sampling import guidance, heads, raster
 from arcond_jax.transport import refiners
 
 pytestmark = pytest.mark.slow  # minutes of compilation; tests/parity holds the arithmetic
@@ -30,11 +31,11 @@ NETWORK = rar.RAR(
     attention_dropout=0.0,
     dropout=0.0,
 )
-GENERATOR = rar.Generator(NETWORK, label_dropout=0.0)
+GENERATOR = rar.Generator(NETWORK, (losses.CodeLoss(),), label_dropout=0.0)
 RNG, LABEL = jax.random.key(5), jnp.array([0, 1, 2, 0, 1])
 CODES = jax.random.randint(jax.random.key(2), (BATCH, LENGTH), 0, NUM_CODES)
 ORDER = jnp.argsort(jax.random.uniform(jax.random.key(3), (BATCH, LENGTH)), axis=-1)
-RASTER = rar.raster_orders(BATCH, LENGTH)
+RASTER = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
 IDENTITY = refiners.Identity()
 HALFWAY_RNGS = jax.random.split(jax.random.key(6), 40)
 
@@ -44,10 +45,16 @@ def params():
     return tiny.random_params(jax.eval_shape(GENERATOR.init, RNG), 0.3)
 
 
+def conditions(params, codes, order, label):
+    token = causal.given(codes[..., None], None, 1)
+    return GENERATOR.apply(params, token, label, order, method=causal.teacher_forced)
+
+
 @jax.jit
 def logits(params, codes, order, label):
     """Of all positions, in the order they are visited, which is also that of the codes."""
-    return GENERATOR.logits(params, codes[:, :-1], order, label)
+    cond = conditions(params, codes, order, label)
+    return GENERATOR.apply(params, cond, codes[..., None], method="all_factor_logits")[0]
 
 
 def visited(codes, order):
@@ -63,14 +70,11 @@ def test_a_position_knows_the_codes_visited_before_it_by_gradient(params):
         table = params["embed"]["table"]
         codes = jnp.arange(LENGTH)[None]  # each code its own row of the table
 
-        def conditions(rows):
+        def of_rows(rows):
             changed = params | {"embed": {"table": table.at[:LENGTH].set(rows)}}
-            cond = NETWORK.apply(
-                {"params": changed}, codes[:, :-1], order, LABEL[:1], method=rar.RAR.teacher_forced
-            )
-            return cond[0] @ direction
+            return conditions(changed, codes, order, LABEL[:1])[0] @ direction
 
-        return jax.jacrev(conditions)(table[:LENGTH])
+        return jax.jacrev(of_rows)(table[:LENGTH])
 
     for order in (ORDER[:1], RASTER[:1]):
         size = np.abs(gradient(order)).max(-1)
@@ -88,34 +92,38 @@ def test_a_position_knows_nothing_of_later_codes_in_any_order(params):
 
 
 def test_a_mesh_of_all_axes_changes_nothing(params):
-    def run(params, codes, label):
-        return GENERATOR.logits(params, codes, RASTER[:4], label)
-
-    args = (params, CODES[:4, :-1], LABEL[:4])
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    args = (params, CODES[:4], RASTER[:4], LABEL[:4])
+    devices = mesh.make_mesh(data=2, fsdp=2, tensor=2)
     boxed = jax.eval_shape(GENERATOR.init, RNG)
-    batch = sharding.batch_sharding(mesh)
-    places = (sharding.tree_shardings(boxed, mesh), batch, batch)
-    on_mesh = sharding.on_mesh(run, mesh, in_shardings=places, out_shardings=batch)
-    expected = jax.jit(run)(*args)
+    batch = mesh.batch_sharding(devices)
+    places = (mesh.tree_shardings(boxed, devices), batch, batch, batch)
+    on_mesh = compiled.Compiled(
+        logits.__wrapped__, devices, in_shardings=places, out_shardings=batch
+    )
+    expected = logits(*args)
     np.testing.assert_allclose(on_mesh(*jax.device_put(args, places)), expected, atol=2e-5)
 
 
+def test_one_order_may_serve_all_rows(params):
+    expected = logits(params, CODES, RASTER, LABEL)
+    np.testing.assert_array_equal(logits(params, CODES, RASTER[0], LABEL), expected)
+
+
 def test_what_is_predicted_depends_on_where_it_lies_and_not_only_on_when(params):
-    # Exchanging the last two positions visited changes where they lie and nothing before them.
-    swapped = ORDER[:, jnp.array([0, 1, 2, 3, 5, 4])]
     codes = visited(CODES, ORDER)
-    change = np.abs(logits(params, codes, swapped, LABEL) - logits(params, codes, ORDER, LABEL))
-    change = change.max((0, 2))
-    assert np.all(change[:4] == 0.0) and np.all(change[4:] > 1e-3)
+    plain = logits(params, codes, ORDER, LABEL)
+    # Exchanging two positions visited changes where they lie and nothing before them.
+    for order, first in (((0, 1, 2, 3, 5, 4), 4), ((1, 0, 2, 3, 4, 5), 0)):
+        swapped = ORDER[:, jnp.array(order)]
+        change = np.abs(logits(params, codes, swapped, LABEL) - plain).max((0, 2))
+        assert np.all(change[:first] == 0.0) and np.all(change[first:] > 1e-3)
 
 
 @functools.cache
-def sampler(**choices):
-    draw = codes_lib.Draw(
-        **{name: choices.pop(name) for name in list(choices) if name in DRAW_OPTIONS}
+def sampler(trace, guided, **choices):
+    loop = raster.Raster(
+        NETWORK, (heads.Codes(**choices),), guidance=guidance.Guidance(**dict(guided)), trace=trace
     )
-    loop = codes_lib.CodeSampler(NETWORK, (draw,), **choices)
 
     @jax.jit
     def sample(params, rng, label, first_row):
@@ -124,16 +132,15 @@ def sampler(**choices):
     return sample
 
 
-DRAW_OPTIONS = {field.name for field in dataclasses.fields(codes_lib.Draw)}
-
-
-def drawn(params, label=LABEL, first_row=0, **choices):
-    return sampler(**choices)(params, RNG, label, first_row).tokens.codes
+def drawn(params, label=LABEL, first_row=0, trace=False, guided=(), **choices):
+    """`guided` holds names and values of `Guidance`."""
+    sample = sampler(trace, tuple(dict(guided).items()), **choices)
+    return sample(params, RNG, label, first_row)
 
 
 @pytest.fixture(scope="module")
 def traced(params):
-    return sampler(trace=True)(params, RNG, LABEL, 0)
+    return drawn(params, trace=True)
 
 
 @pytest.fixture(scope="module")
@@ -161,38 +168,43 @@ def test_sampled_codes_follow_the_law_of_teacher_forcing(params, plain):
 
 def test_guidance_extrapolates_at_every_step(params):
     scale, power = 3.0, 1.5
-    codes = drawn(params, guidance_scale=scale, guidance_power=power, top_k=1)
+    guided = dict(scale=scale, schedule="power_cosine", power=power)
+    codes = drawn(params, guided=guided, top_k=1).tokens.codes
     conditional = logits(params, codes, RASTER, LABEL)
     unconditional = logits(params, codes, RASTER, jnp.full_like(LABEL, NUM_CLASSES))
     weight = 1 + (scale - 1) * (1 - np.cos(np.pi * (np.arange(LENGTH) / LENGTH) ** power)) / 2
-    guided = unconditional + weight[:, None] * (conditional - unconditional)
-    np.testing.assert_array_equal(codes, jnp.argmax(guided, axis=-1))
+    expected = unconditional + weight[:, None] * (conditional - unconditional)
+    np.testing.assert_array_equal(codes, jnp.argmax(expected, axis=-1))
     assert np.any(codes != jnp.argmax(conditional, axis=-1))
 
 
 @pytest.mark.parametrize(
     "choices",
     [
-        dict(guidance_scale=1.0, guidance_power=2.0, top_k=NUM_CODES, top_p=1.0, min_p=0.0),
-        dict(guidance_scale=3.0, guided_positions=0),
+        dict(
+            guided=dict(scale=1.0, schedule="power_cosine", power=2.0),
+            **dict(top_k=NUM_CODES, top_p=1.0, min_p=0.0),
+        ),
+        dict(guided=dict(scale=float(np.nextafter(1.0, 2.0)), schedule="linear")),
+        dict(guided=dict(scale=3.0, positions=0)),
     ],
 )
 def test_what_changes_nothing_changes_nothing(params, plain, choices):
-    np.testing.assert_array_equal(drawn(params, **choices), plain)
+    np.testing.assert_array_equal(drawn(params, **choices).tokens.codes, plain)
+
+
+def test_a_power_of_zero_is_constant_guidance(params, plain):
+    constant = drawn(params, guided=dict(scale=3.0)).tokens.codes
+    power = drawn(params, guided=dict(scale=3.0, schedule="power_cosine", power=0.0)).tokens.codes
+    np.testing.assert_array_equal(power, constant)
+    assert np.any(constant != plain)
 
 
 def test_a_row_does_not_depend_on_its_batch(params, plain):
     for start in (0, 3):
         rows = slice(start, start + 2)
         alone = drawn(params, LABEL[rows], start, trace=True)
-        np.testing.assert_array_equal(alone, plain[rows])
-
-
-def test_impossible_choices_are_refused():
-    with pytest.raises(ValueError, match="2 draws do not fit codes of 1 factors"):
-        codes_lib.CodeSampler(NETWORK, (codes_lib.Draw(), codes_lib.Draw()))
-    with pytest.raises(ValueError, match=r"temperature 0\.0 must be positive"):
-        codes_lib.Draw(temperature=0.0)
+        np.testing.assert_array_equal(alone.tokens.codes, plain[rows])
 
 
 ANNEALED = dataclasses.replace(GENERATOR, shuffle_start=100, shuffle_stop=300)
@@ -238,19 +250,19 @@ def test_shuffle_rate_falls_along_a_line_between_two_steps():
 
 def test_annealing_needs_two_steps_in_order():
     with pytest.raises(ValueError, match="shuffle_start 3 and shuffle_stop None: give both"):
-        rar.Generator(NETWORK, shuffle_start=3)
+        rar.Generator(NETWORK, (), shuffle_start=3)
     with pytest.raises(ValueError, match="shuffle_start 3 must be less than shuffle_stop 3"):
-        rar.Generator(NETWORK, shuffle_start=3, shuffle_stop=3)
+        rar.Generator(NETWORK, (), shuffle_start=3, shuffle_stop=3)
 
 
 def test_loss_needs_codes(params):
-    with pytest.raises(ValueError, match="RAR models codes"):
+    with pytest.raises(ValueError, match="the model predicts codes, and these tokens hold none"):
         GENERATOR.loss(params, types.Tokens(latents=jnp.zeros((5, 6, 2))), LABEL, RNG)
 
 
 def test_loss_falls_with_dropout_in_random_orders():
     network = NETWORK.clone(attention_dropout=0.1, dropout=0.1)
-    generator = rar.Generator(network)
+    generator = rar.Generator(network, (losses.CodeLoss(),))
     tokens = types.Tokens(codes=jnp.broadcast_to(jnp.arange(LENGTH) % NUM_CODES, (BATCH, LENGTH)))
     update = optax.adam(1e-2)
 
@@ -262,9 +274,9 @@ def test_loss_falls_with_dropout_in_random_orders():
         return optax.apply_updates(params, updates), state, metrics["loss"]
 
     params = nn.unbox(jax.jit(generator.init)(jax.random.key(0)))
-    state, losses = update.init(params), []
+    state, values = update.init(params), []
     for i in range(20):
         params, state, value = step(params, state, jax.random.key(i))
-        losses.append(float(value))
-    np.testing.assert_allclose(losses[0], np.log(NUM_CODES), rtol=0.05)
-    assert losses[-1] < 0.5 * losses[0]
+        values.append(float(value))
+    np.testing.assert_allclose(values[0], np.log(NUM_CODES), rtol=0.05)
+    assert values[-1] < 0.5 * values[0]

@@ -10,25 +10,29 @@ import numpy as np
 import pytest
 import tiny
 
-from arcond_jax import sharding, types
+from arcond_jax import types
 from arcond_jax.diffusion import schedule, solvers
-from arcond_jax.models import diffusion_head, gpt
-from arcond_jax.models.joint import Joint
-from arcond_jax.sampling import causal, filters, stride
+from arcond_jax.models import causal, diffusion_head, gpt, joint, llamagen, tensorar
+from arcond_jax.parallel import compiled as compiled_lib
+from arcond_jax.parallel import mesh as mesh_lib
+from arcond_jax.parallel import processes
+from arcond_jax.sampling import filters, heads, raster, stride
+from arcond_jax.sampling import guidance as guidance_lib
 from arcond_jax.sampling import sampled as sampled_lib
 from arcond_jax.transport import refiners
 
 NUM_CODES, NUM_CLASSES, CHANNELS, WIDTH, LENGTH, WINDOW = 12, 3, 4, 32, 6, 4
-PAD = NUM_CODES
 BACKBONE = gpt.GPT(depth=2, width=WIDTH, num_heads=2, grid=(2, 3), mlp_hidden=48)
 HEAD = diffusion_head.DiffusionHead(channels=CHANNELS, depth=1, width=16)
 PROCESS = schedule.Schedule.cosine()
 SOLVER = solvers.Solver(PROCESS.respace(schedule.trailing_timesteps(1000, 3)), clip=3.0)
 
-JOINT = Joint(BACKBONE, NUM_CLASSES, HEAD, NUM_CODES)
-IN_WINDOWS = dict(num_codes=NUM_CODES, window=WINDOW, window_depth=1, window_mlp_ratio=0)
-WINDOWED = Joint(BACKBONE, NUM_CLASSES, HEAD, **IN_WINDOWS)
-CODES_ONLY = Joint(BACKBONE, NUM_CLASSES, **IN_WINDOWS)
+SHARED = dict(backbone=BACKBONE, num_classes=NUM_CLASSES, num_codes=NUM_CODES)
+IN_WINDOWS = dict(window=WINDOW, num_heads=2, depth=1, mlp_ratio=0)
+JOINT = joint.Joint(**SHARED, head=HEAD)
+LATENTS_ONLY = joint.Joint(**SHARED | dict(num_codes=None), head=HEAD)
+WINDOWED = tensorar.Windowed(inner=JOINT, **IN_WINDOWS)
+CODES_ONLY = tensorar.Windowed(inner=llamagen.LlamaGen(**SHARED), **IN_WINDOWS)
 
 IDENTITY = refiners.Identity()
 RNG = jax.random.key(5)
@@ -38,8 +42,7 @@ LABEL = jnp.array([0, 1, 2, 0, 1, 2])
 @pytest.fixture(scope="module")
 def params():
     """Of all networks here."""
-    init = functools.partial(WINDOWED.init, method=Joint.touch_all)
-    return tiny.random_params(jax.eval_shape(init, RNG, LABEL)["params"])
+    return tiny.random_params(jax.eval_shape(causal.Generator(WINDOWED, ()).init, RNG))
 
 
 @flax.struct.dataclass
@@ -69,17 +72,14 @@ def compiled(sampler):
     return sample
 
 
-PLAIN = causal.CausalSampler(JOINT, SOLVER, trace=True)
+GUIDED = guidance_lib.Guidance(4.0)
+PLAIN = raster.Raster(JOINT, (heads.Codes(), heads.Latents(SOLVER)), trace=True)
 plain = compiled(PLAIN)
 
 
 @pytest.fixture(scope="module")
 def expected(params):
     return plain(params, RNG, LABEL, IDENTITY, 0)
-
-
-def teacher_forced(network, params, windows, label, latents=None):
-    return network.apply({"params": params}, latents, windows, label, method=Joint.teacher_forced)
 
 
 def test_sampled_tokens_have_their_shapes_and_vary(expected):
@@ -97,13 +97,40 @@ def test_conditions_of_sampling_are_those_of_teacher_forcing(params, window, exp
     if window > 1:
         sample = compiled(dataclasses.replace(PLAIN, network=network))
         expected = sample(params, RNG, LABEL, IDENTITY, 0)
-    codes, (drawn, refined) = expected.tokens.codes, expected.cond
-    windows = jnp.pad(codes[..., None], ((0, 0), (0, 0), (0, window - 1)), constant_values=PAD)
-    forced = jax.jit(functools.partial(teacher_forced, network))(
-        params, windows, LABEL, expected.tokens.latents
-    )
+    conditions = jax.jit(causal.Generator(network, ()).conditions)
+    drawn, refined = expected.cond
+    forced = conditions(params, expected.tokens, LABEL)
     np.testing.assert_allclose(drawn, forced, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(drawn, refined)
+
+
+def row_rngs(*numbers):
+    """The streams of all rows that these numbers lead to, one after another."""
+    rngs = sampled_lib.row_rngs(RNG, len(LABEL), 0)
+    for number in numbers:
+        rngs = jax.vmap(jax.random.fold_in, (0, None))(rngs, number)
+    return rngs
+
+
+@pytest.mark.parametrize("network", [JOINT, LATENTS_ONLY], ids=["joint", "latents_only"])
+def test_latents_are_the_chain_under_their_condition(params, network, expected):
+    if network is LATENTS_ONLY:
+        loop = dataclasses.replace(PLAIN, network=network, heads=PLAIN.heads[1:])
+        expected = compiled(loop)(params, RNG, LABEL, IDENTITY, 0)
+        assert expected.tokens.codes is None
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(None, 1, 1, 0), out_axes=1)
+    def latents(params, cond, codes, position):
+        apply = functools.partial(network.apply, {"params": params})
+        told = apply(cond, codes, method="latent_cond")
+        shape = (SOLVER.num_evaluations + 2, CHANNELS)
+        rngs = row_rngs(position, 1)  # after the stream of the code
+        noise = jax.vmap(lambda rng: jax.random.normal(rng, shape), out_axes=1)(rngs)
+        return SOLVER(lambda x, t: apply(x, t, told, method="denoise"), noise[0], noise[2:])
+
+    chain = latents(params, expected.cond[1], expected.tokens.codes, jnp.arange(LENGTH))
+    np.testing.assert_allclose(expected.tokens.latents, chain, rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_does_not_depend_on_its_batch(params, expected):
@@ -162,10 +189,10 @@ def test_an_unrolled_backbone_draws_the_same_and_copies_no_weights(params, expec
 
 
 def test_guidance_of_one_is_no_guidance(params, expected):
-    assert not dataclasses.replace(PLAIN, guidance_scale=1.0).guided
+    assert not PLAIN.guidance.on
     # The least float above 1 takes the path of two streams, with a weight of 1 in float32.
-    scale = float(np.nextafter(1.0, 2.0))
-    sample = compiled(dataclasses.replace(PLAIN, guidance_scale=scale, guidance_schedule="linear"))
+    guidance = guidance_lib.Guidance(float(np.nextafter(1.0, 2.0)), schedule="linear")
+    sample = compiled(dataclasses.replace(PLAIN, guidance=guidance))
     two_streams = sample(params, RNG, LABEL, Shift(jnp.zeros((LENGTH, WIDTH))), 0)
     np.testing.assert_array_equal(two_streams.tokens.codes, expected.tokens.codes)
     np.testing.assert_allclose(
@@ -174,23 +201,32 @@ def test_guidance_of_one_is_no_guidance(params, expected):
     np.testing.assert_allclose(two_streams.cond[0], expected.cond[0], rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_does_nothing_without_a_class(params):
+guided = compiled(dataclasses.replace(PLAIN, guidance=GUIDED))
+
+
+def test_guidance_does_nothing_without_a_class(params, expected):
     null = jnp.full_like(LABEL, NUM_CLASSES)
-    sample = compiled(dataclasses.replace(PLAIN, guidance_scale=4.0))
-    guided = sample(params, RNG, null, IDENTITY, 0)
+    both = guided(params, RNG, null, IDENTITY, 0)
     alone = plain(params, RNG, null, IDENTITY, 0)
-    np.testing.assert_array_equal(guided.tokens.codes, alone.tokens.codes)
-    np.testing.assert_allclose(guided.tokens.latents, alone.tokens.latents, rtol=1e-4, atol=1e-4)
-    classes = sample(params, RNG, LABEL, IDENTITY, 0)
-    assert np.any(classes.tokens.codes != plain(params, RNG, LABEL, IDENTITY, 0).tokens.codes)
+    np.testing.assert_array_equal(both.tokens.codes, alone.tokens.codes)
+    np.testing.assert_allclose(both.tokens.latents, alone.tokens.latents, rtol=1e-4, atol=1e-4)
+    classes = guided(params, RNG, LABEL, IDENTITY, 0)
+    assert np.any(classes.tokens.codes != expected.tokens.codes)
+
+
+def test_a_power_of_zero_is_constant_guidance(params):
+    guidance = dataclasses.replace(GUIDED, schedule="power_cosine", power=0.0)
+    sample = compiled(dataclasses.replace(PLAIN, guidance=guidance))
+    drawn, expected = (run(params, RNG, LABEL, IDENTITY, 0).tokens for run in (sample, guided))
+    np.testing.assert_array_equal(drawn.codes, expected.codes)
+    np.testing.assert_allclose(drawn.latents, expected.latents, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_one_device_and_eight_draw_the_same(params):
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    init = functools.partial(JOINT.init, method=Joint.touch_all)
-    boxed = jax.eval_shape(init, RNG, LABEL)["params"]
-    places = sharding.tree_shardings(boxed, mesh)
+    mesh = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2)
+    boxed = jax.eval_shape(causal.Generator(JOINT, ()).init, RNG)
+    places = mesh_lib.tree_shardings(boxed, mesh)
     joint_params = {name: params[name] for name in boxed}
     assert any(place.spec != () for place in jax.tree.leaves(places))
     label = jnp.arange(8) % NUM_CLASSES
@@ -199,8 +235,8 @@ def test_one_device_and_eight_draw_the_same(params):
     def sample(params, rng, label):
         return PLAIN(params, rng, label, refiner=IDENTITY).tokens
 
-    spread = sharding.on_mesh(sample, mesh)(
-        jax.device_put(joint_params, places), RNG, sharding.put_batch(np.asarray(label), mesh)
+    spread = compiled_lib.Compiled(sample, mesh)(
+        jax.device_put(joint_params, places), RNG, processes.put_batch(np.asarray(label), mesh)
     )
     assert len(spread.codes.sharding.device_set) == 8
     np.testing.assert_array_equal(spread.codes, alone.tokens.codes)
@@ -209,7 +245,8 @@ def test_one_device_and_eight_draw_the_same(params):
 
 def test_a_warm_start_follows_the_law_of_the_code(params):
     process = PROCESS.respace(schedule.trailing_timesteps(1000, 1, start=0.4))
-    sampler = causal.CausalSampler(JOINT, solvers.Solver(process, "ddim"), warm=True)
+    latents_head = heads.Latents(solvers.Solver(process, "ddim"), warm=True)
+    sampler = raster.Raster(JOINT, (heads.Codes(), latents_head))
     rng = np.random.default_rng(0)
     mean = rng.normal(size=(NUM_CODES, CHANNELS))
     cholesky = np.tril(rng.normal(size=(NUM_CODES, CHANNELS, CHANNELS)))
@@ -237,14 +274,19 @@ def test_a_warm_start_follows_the_law_of_the_code(params):
 SCALE, TEMPERATURE, TOP_K = 3.0, 0.8, 8
 
 
-@functools.partial(jax.jit, static_argnames="split")
-def drawn_window(params, windows, position, *, split):
-    """The window at a position, all recomputed from the first; drawn by the samplers' rule."""
+@jax.jit
+def drawn_window(params, windows, position):
+    """The window at a position, all recomputed from the first; drawn by the samplers' rule.
+
+    `windows` holds -1 where nothing is shown.
+    """
+    token = types.Token(codes=jnp.maximum(windows, 0)[:, :-1, :, None], seen=windows[:, :-1] >= 0)
+    apply = functools.partial(CODES_ONLY.apply, {"params": params})
 
     def logits(label):
-        cond = teacher_forced(CODES_ONLY, params, windows, label)[:, position]
-        rows = CODES_ONLY.apply({"params": params}, cond, method=Joint.slots)
-        return CODES_ONLY.apply({"params": params}, rows, method=Joint.logits)
+        cond = apply(token, label, jnp.arange(LENGTH), method=causal.teacher_forced)
+        rows = apply(cond[:, position], WINDOW, method="rows")
+        return apply(rows, jnp.zeros((*rows.shape[:-1], 0), int), method="factor_logits")
 
     labels = jnp.stack([LABEL, jnp.full_like(LABEL, NUM_CLASSES)])
     conditional, unconditional = jax.vmap(logits)(labels)
@@ -252,30 +294,28 @@ def drawn_window(params, windows, position, *, split):
     logits = unconditional + weight * (conditional - unconditional)
     logits = filters.filter_logits(logits / TEMPERATURE, top_k=TOP_K)
 
-    rngs = sampled_lib.row_rngs(RNG, len(LABEL), 0)
-    rngs = jax.vmap(jax.random.fold_in, (0, None))(rngs, position)
-    if split:  # one half for the codes, one for the latents
-        rngs = jax.vmap(jax.random.split)(rngs)[:, 0]
+    rngs = row_rngs(position, 0)  # the stream of the first factor of the code there
     return jax.vmap(jax.random.categorical)(rngs, logits)
 
 
-def base(**choices):
-    return causal.CausalSampler(
-        CODES_ONLY,
-        None,
-        guidance_scale=SCALE,
-        guidance_schedule="linear",
-        code_temperature=TEMPERATURE,
-        top_k=TOP_K,
-        **choices,
-    )
+def base(drafts="off", **choices):
+    guidance = guidance_lib.Guidance(**dict(scale=SCALE, schedule="linear") | choices)
+    head = heads.Codes(temperature=TEMPERATURE, top_k=TOP_K, drafts=drafts)
+    return raster.Raster(CODES_ONLY, (head,), guidance=guidance)
+
+
+@functools.cache
+def codes_only(drafts, step=None):
+    """The compiled loop, or the one in strides."""
+    loop = base(drafts)
+    return compiled(loop if step is None else stride.StrideSampler(loop, step))
 
 
 def test_feeding_drafts_back_is_algorithm_one(params):
-    sampled = compiled(base(drafts="feed"))(params, RNG, LABEL, IDENTITY, 0)
-    windows = np.full((len(LABEL), LENGTH, WINDOW), PAD)
+    sampled = codes_only("feed")(params, RNG, LABEL, IDENTITY, 0)
+    windows = np.full((len(LABEL), LENGTH, WINDOW), -1)
     for position in range(LENGTH):
-        window = np.asarray(drawn_window(params, jnp.asarray(windows), position, split=True))
+        window = np.asarray(drawn_window(params, jnp.asarray(windows), position))
         np.testing.assert_array_equal(sampled.drafts[:, position], window)
         inside = min(WINDOW, LENGTH - position)
         windows[:, position, :inside] = window[:, :inside]
@@ -284,13 +324,12 @@ def test_feeding_drafts_back_is_algorithm_one(params):
 
 @pytest.mark.parametrize(("step", "drafts"), [(1, "feed"), (2, "feed"), (4, "off")])
 def test_a_stride_emits_the_head_of_each_window(params, step, drafts):
-    sampler = stride.StrideSampler(base(drafts=drafts), step)
-    codes = compiled(sampler)(params, RNG, LABEL, IDENTITY, 0).tokens.codes
+    codes = codes_only(drafts, step)(params, RNG, LABEL, IDENTITY, 0).tokens.codes
     assert codes.shape == (len(LABEL), LENGTH)
-    windows = np.full((len(LABEL), LENGTH + WINDOW, WINDOW), PAD)
+    windows = np.full((len(LABEL), LENGTH + WINDOW, WINDOW), -1)
     for position in range(0, LENGTH, step):
         fed = jnp.asarray(windows[:, :LENGTH])
-        window = np.asarray(drawn_window(params, fed, position, split=False))
+        window = np.asarray(drawn_window(params, fed, position))
         windows[:, position : position + step, 0] = window[:, :step]
         if drafts == "feed":  # the last code emitted carries what was drawn beyond it
             last = position + step - 1
@@ -299,28 +338,59 @@ def test_a_stride_emits_the_head_of_each_window(params, step, drafts):
     np.testing.assert_array_equal(codes, windows[:, :LENGTH, 0])
 
 
+@pytest.mark.parametrize("drafts", ["off", "feed"])
+def test_a_stride_of_one_is_the_loop_without_strides(params, drafts):
+    in_strides, expected = (
+        sample(params, RNG, LABEL, IDENTITY, 0).tokens.codes
+        for sample in (codes_only(drafts, 1), codes_only(drafts))
+    )
+    np.testing.assert_array_equal(in_strides, expected)
+
+
+def weights(guidance, length, **options):
+    """Of steps that decode one token each."""
+    return np.array([guidance.weight(i, i + 1, length, **options) for i in range(length)])
+
+
+def test_without_guidance_there_is_no_weight():
+    assert guidance_lib.Guidance().weight(0, 1, 4) is None
+    assert guidance_lib.Guidance(1.0, later_scale=1.0).weight(0, 1, 4) is None
+    assert guidance_lib.Guidance(1.0, later_scale=2.0).weight(0, 1, 4) == 1.0
+
+
 def test_linear_guidance_grows_from_one_to_its_scale():
-    weights = [filters.guidance_weight(3.0, "linear", (i + 1) / 4) for i in range(4)]
-    np.testing.assert_allclose(weights, [1.5, 2.0, 2.5, 3.0])
-    assert filters.guidance_weight(3.0, "constant", 0.25) == 3.0
+    linear = guidance_lib.Guidance(3.0, schedule="linear")
+    np.testing.assert_allclose(weights(linear, 4), [1.5, 2.0, 2.5, 3.0])
+    assert linear.weight(1, 4, 4) == 3.0  # what counts is the end of the step
+    np.testing.assert_array_equal(weights(guidance_lib.Guidance(3.0), 4), 3.0)
 
 
 def test_power_cosine_guidance_rises_from_one_to_its_scale():
-    shares = np.linspace(0.0, 1.0, 9)
-    weights = np.array([filters.power_cosine_weight(5.0, 2.0, share) for share in shares])
-    np.testing.assert_allclose(weights[[0, -1]], [1.0, 5.0], rtol=1e-6)
-    assert np.all(np.diff(weights) > 0)
-    np.testing.assert_allclose(filters.power_cosine_weight(5.0, 1.0, 0.5), 3.0, rtol=1e-6)
-    for share in shares:  # the power 0 is constant guidance, from the first step on
-        np.testing.assert_allclose(filters.power_cosine_weight(5.0, 0.0, share), 5.0, rtol=1e-6)
+    def of(power, start, stop=9):
+        guidance = guidance_lib.Guidance(5.0, schedule="power_cosine", power=power)
+        return guidance.weight(start, stop, 8)
+
+    rising = np.array([of(2.0, start) for start in range(9)])
+    np.testing.assert_allclose(rising[[0, -1]], [1.0, 5.0], rtol=1e-6)
+    assert np.all(np.diff(rising) > 0)
+    np.testing.assert_allclose(of(1.0, 4), 3.0, rtol=1e-6)
+    assert of(1.0, 4, 5) == of(1.0, 4, 8)  # what counts is the start of the step
+    for start in range(9):  # the power 0 is constant guidance, from the first step on
+        np.testing.assert_allclose(of(0.0, start), 5.0, rtol=1e-6)
+
+
+def test_later_factors_may_have_a_scale_of_their_own():
+    guidance = guidance_lib.Guidance(3.0, later_scale=1.5, schedule="linear", positions=3)
+    np.testing.assert_allclose(weights(guidance, 4), [1.5, 2.0, 2.5, 1.0])
+    np.testing.assert_allclose(weights(guidance, 4, factor=1), [1.125, 1.25, 1.375, 1.0])
+    one = dataclasses.replace(guidance, later_scale=None)
+    np.testing.assert_array_equal(weights(one, 4, factor=1), weights(guidance, 4))
 
 
 @pytest.mark.slow
 def test_guidance_ends_where_it_is_told_to(params):
     def codes(positions, scale=SCALE):
-        sampler = dataclasses.replace(
-            base(), guidance_scale=scale, guidance_schedule="constant", guided_positions=positions
-        )
+        sampler = base(scale=scale, schedule="constant", positions=positions)
         return np.asarray(compiled(sampler)(params, RNG, LABEL, IDENTITY, 0).tokens.codes)
 
     always, half, never = codes(None), codes(3), codes(0)
@@ -330,10 +400,35 @@ def test_guidance_ends_where_it_is_told_to(params):
     np.testing.assert_array_equal(never, codes(None, scale=1.0))
 
 
-def test_guidance_extrapolates_from_the_unconditional_rows():
-    both = jnp.array([[1.0, 2.0], [0.5, -1.0]])
-    np.testing.assert_allclose(filters.guide(both, jnp.asarray(3.0)), [[2.0, 8.0]])
-    np.testing.assert_array_equal(filters.guide(both, None), both)
+def test_guidance_leads_each_row_away_from_the_one_beside_it():
+    guidance, weight = guidance_lib.Guidance(3.0), jnp.asarray(3.0)
+    pairs = jnp.array([[1.0, 2.0], [0.5, -1.0], [4.0, 0.0], [4.0, 1.0]])
+    guided = [[2.0, 8.0], [4.0, -2.0]]
+    np.testing.assert_allclose(guidance.combine(pairs, weight), guided)
+    np.testing.assert_array_equal(guidance.conditional(pairs), pairs[::2])
+    np.testing.assert_array_equal(guidance.both(pairs), jnp.repeat(pairs, 2, axis=0))
+    # Of a denoiser's output the first half is guided, the variance is the conditional one.
+    outputs = jnp.concatenate([pairs, pairs + 10.0], axis=-1)
+    expected = np.concatenate([guided, pairs[::2] + 10.0], axis=-1)
+    np.testing.assert_allclose(guidance.combine_noise(outputs, weight), expected)
+    np.testing.assert_array_equal(
+        guidance.prompts(JOINT, LABEL[:3]), [0, NUM_CLASSES, 1, NUM_CLASSES, 2, NUM_CLASSES]
+    )
+    refined, state = guidance.refine(lambda cond: (-cond, "state"), pairs)
+    np.testing.assert_array_equal(refined, pairs * jnp.array([-1.0, 1.0, -1.0, 1.0])[:, None])
+    assert state == "state"
+
+
+def test_without_guidance_rows_are_left_as_they_are():
+    guidance, rows = guidance_lib.Guidance(), jnp.arange(6.0).reshape(3, 2)
+    for same in (
+        guidance.both(rows),
+        guidance.conditional(rows),
+        guidance.combine(rows, None),
+        guidance.combine_noise(rows, None),
+    ):
+        np.testing.assert_array_equal(same, rows)
+    np.testing.assert_array_equal(guidance.prompts(JOINT, LABEL), LABEL)
 
 
 def kept(logits, **choices):
@@ -382,17 +477,35 @@ def test_the_kth_largest_is_that_of_a_sorted_row():
 
 def test_impossible_choices_are_refused():
     with pytest.raises(ValueError, match="drafts 'some' is not one of"):
-        causal.CausalSampler(JOINT, SOLVER, drafts="some")
+        heads.Codes(drafts="some")
+    for name in ("temperature", "later_temperature"):
+        with pytest.raises(ValueError, match=rf"code_{name} 0\.0 must be positive"):
+            heads.Codes(**{name: 0.0})
     with pytest.raises(ValueError, match="guidance_schedule 'cosine' is not one of"):
-        causal.CausalSampler(JOINT, SOLVER, guidance_schedule="cosine")
-    with pytest.raises(ValueError, match=r"code_temperature 0\.0 must be positive"):
-        causal.CausalSampler(JOINT, SOLVER, code_temperature=0.0)
-    with pytest.raises(ValueError, match="a warm start needs"):
-        causal.CausalSampler(CODES_ONLY, None, warm=True)
+        guidance_lib.Guidance(2.0, schedule="cosine")
+    for choices in (dict(schedule="linear", power=1.0), dict(schedule="power_cosine")):
+        with pytest.raises(ValueError, match="power_cosine, and it alone, has a power"):
+            guidance_lib.Guidance(2.0, **choices)
+
+
+def test_loops_are_refused_that_have_nothing_to_draw_from():
+    for network, head, message in (
+        (LATENTS_ONLY, heads.Codes(), "this network has no codes to draw"),
+        (CODES_ONLY, heads.Latents(SOLVER), "this network has no latents to draw"),
+        (LATENTS_ONLY, heads.Latents(SOLVER, warm=True), "a warm start needs a model with both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            raster.Raster(network, (head,))
     with pytest.raises(ValueError, match="latents are drawn 1 a step"):
         stride.StrideSampler(PLAIN, 1)
     for step in (0, WINDOW + 1):
         with pytest.raises(ValueError, match=f"stride {step} must be from 1 to the window, 4"):
             stride.StrideSampler(base(), step)
     with pytest.raises(ValueError, match="no drafts to show"):
-        stride.StrideSampler(base(drafts="draw"), 2)
+        stride.StrideSampler(base("draw"), 2)
+
+
+def test_a_warm_start_needs_the_law_of_the_codes(params):
+    loop = raster.Raster(JOINT, (heads.Codes(), heads.Latents(SOLVER, warm=True)))
+    with pytest.raises(ValueError, match="a warm start needs code_law"):
+        loop(params, RNG, LABEL, refiner=IDENTITY)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from arcond_jax.transport import bank as bank_lib
 
@@ -95,6 +96,24 @@ def test_atom_weights_are_uniform_over_written_atoms():
     third = 1 / 3
     expected = [[0.25] * 4, [1, 0, 0, 0], [third, third, third, 0], [0.25] * 4]
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_groups", [NUM_GROUPS, 1])
+def test_filling_takes_the_rows_that_count(num_groups):
+    data = [(cond, np.asarray(group) % NUM_GROUPS) for cond, group in batches()]
+    valid = np.arange(7) < 5
+    empty = bank_lib.init_bank(NUM_SLOTS, num_groups, num_atoms=NUM_ATOMS, width=WIDTH)
+
+    def read(num_images):
+        assert num_images == bank_lib.IMAGES_PER_ATOM * NUM_ATOMS * num_groups
+        return ((cond, label, valid) for cond, label in data)
+
+    bank = empty.fill(read, jax.jit, num_classes=NUM_GROUPS)
+    cond = jnp.concatenate([c[:5] for c, _ in data])
+    label = jnp.concatenate([label[:5] for _, label in data])
+    group = label if num_groups > 1 else 0 * label
+    expected = jax.jit(bank_lib.update_bank)(empty, cond, group=group)
+    jax.tree.map(np.testing.assert_array_equal, bank, expected)
 
 
 def test_atoms_may_be_kept_in_bfloat16():

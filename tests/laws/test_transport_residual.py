@@ -64,7 +64,7 @@ def bank():
 
 
 def calibrate(bank, cond, label, chosen=OPTIONS):
-    calibrator = refiners.Calibrator(bank=bank, options=chosen, kind="residual")
+    calibrator = refiners.Calibrator(bank=bank, options=chosen, kind=residual.Residual())
     refined, state = rollout(calibrator, cond, label)
     return refined, calibrator.finish(state)
 
@@ -104,6 +104,35 @@ def test_rows_that_do_not_count_change_nothing(bank):
     batches = [(cond, label), (cond[:7] + 100.0, np.full(7, NUM_GROUPS))]
     with_null = fill(batches)
     np.testing.assert_allclose(with_null.mean, fill(batches[:1]).mean, atol=1e-6)
+
+
+def test_filling_takes_the_rows_that_count_and_the_few_there_are_again():
+    cond, label = ideal(0, 30)
+    asked = []
+
+    def read(num_images):
+        asked.append(num_images)
+        for part in np.array_split(np.arange(len(label)), 3):
+            yield (
+                jnp.asarray(np.concatenate([cond[part], cond[:1] + 100.0])),
+                np.append(label[part], 0),
+                np.append(np.ones(len(part), bool), False),
+            )
+
+    sizes = dict(num_atoms=200, num_directions=NUM_DIRECTIONS, width=WIDTH)
+    bank = residual.init_bank(NUM_SLOTS, NUM_GROUPS, **sizes).fill(
+        read, jax.jit, num_classes=NUM_GROUPS
+    )
+    assert asked == [residual.IMAGES_PER_MEAN * NUM_GROUPS, 200]
+    expected = fill([(cond, label)])
+    for ours, other in ((bank.mean, expected.mean), (bank.atoms[:, :150], expected.atoms)):
+        # Directions have no sign, so vectors are compared where they came from.
+        ours, other = (
+            x @ b.swapaxes(1, 2) for x, b in ((ours, bank.basis), (other, expected.basis))
+        )
+        np.testing.assert_allclose(ours, other, atol=5e-5)
+    np.testing.assert_array_equal(bank.atoms[:, 150:], bank.atoms[:, :50])
+    np.testing.assert_array_equal(bank.count, 30)
 
 
 @pytest.mark.parametrize("rows", [40, 2])

@@ -1,20 +1,15 @@
 """LlamaGen from text: captions, prefix with hidden padding, cached and guided logits, codes."""
 
-import dataclasses
-import functools
-
-import flax.linen as nn
 import golden as golden_lib
 import jax
 import jax.numpy as jnp
-from checks_gpt import backbone_of, compare_all, square
+from checks_gpt import Model, backbone_of, compare_all, square
 from checks_mar import converter
 
+from arcond_jax import types
 from arcond_jax.convert import llamagen as llamagen_table
-from arcond_jax.models import captioned
-from arcond_jax.sampling import codes as codes_lib
-from arcond_jax.sampling import filters
-from arcond_jax.transport import refiners
+from arcond_jax.models import llamagen
+from arcond_jax.sampling import guidance as guidance_lib
 
 SHOWN = 8  # places of the prefix that are recorded, the last ones
 
@@ -22,61 +17,38 @@ SHOWN = 8  # places of the prefix that are recorded, the last ones
 def check(golden: golden_lib.Golden) -> None:
     config, inputs = golden.config, golden.inputs
     assert config["class_dropout_prob"] > 0
-    num_captions = config["batch"]
     backbone = backbone_of(config, config["n_layer"], square(config["block_size"]))
-    network = captioned.Captioned(
-        backbone.clone(num_prefix=config["cls_token_num"]),
-        num_captions,
-        config["vocab_size"],
-        config["caption_dim"],
+    network = llamagen.LlamaGen(
+        backbone=backbone.clone(num_prefix=config["cls_token_num"]),
+        num_classes=None,
+        caption_width=config["caption_dim"],
+        num_codes=config["vocab_size"],
     )
-    init = functools.partial(network.init, method=captioned.Captioned.touch_all)
-    abstract = nn.unbox(jax.eval_shape(init, jax.random.key(0)))["params"]
-    convert = converter(llamagen_table.captioned_rows(network), abstract)
-    caption, valid = jnp.asarray(inputs["caption"]), jnp.asarray(inputs["mask"] == 1)
-    codes, label = jnp.asarray(inputs["idx"], jnp.int32), jnp.arange(num_captions)
-    both_labels = jnp.concatenate([label, network.null(label)])
-    both_codes = jnp.concatenate([codes, codes])
-
-    def apply(params, *args, method):
-        return network.apply({"params": params}, *args, method=method)
-
-    def logits_of(params, cond):
-        return apply(params, cond, jnp.zeros((*cond.shape[:-1], 0), int), method="factor_logits")
-
-    def cached_logits(params):
-        cond, cache = apply(params, both_labels, method="start")
-
-        def body(cache, position):
-            given = both_codes[:, position, None]
-            cond, cache = apply(params, given, position, both_labels, cache, method="advance")
-            return cache, cond
-
-        rest = jax.lax.scan(body, cache, jnp.arange(network.length - 1))[1]
-        return logits_of(params, jnp.moveaxis(jnp.concatenate([cond[None], rest]), 0, 1))
-
-    def prefix_logits(params, x, visible):
-        cache = network.backbone.empty_cache(len(x))
-        cache = dataclasses.replace(cache, visible=visible)
-        return logits_of(params, apply(params, x, cache, method="run")[0])
-
-    def greedy(params, scale):
-        loop = codes_lib.CodeSampler(network, (codes_lib.Draw(guidance_scale=scale, top_k=1),))
-        drawn = loop(params, jax.random.key(0), label, refiner=refiners.Identity())
-        return drawn.tokens.codes
+    model = Model(network)
+    convert = converter(llamagen_table.rows(network), model.abstract())
+    caption = types.Caption(
+        embedding=jnp.asarray(inputs["caption"]),
+        valid=jnp.asarray(inputs["mask"] == 1),
+        given=jnp.ones(config["batch"], bool),
+    )
+    factors = jnp.asarray(inputs["idx"], jnp.int32)[..., None]
+    guidance = guidance_lib.Guidance(scale=config["cfg_scale"])
 
     @jax.jit
     def run(params):
-        params = captioned.with_captions(params, caption, valid)
-        x, visible = apply(params, both_labels, method="prefix")
-        raw, scale = cached_logits(params), config["cfg_scale"]
+        prompts = guidance.prompts(network, caption)
+        x, about = model.apply(params, prompts, jnp.zeros(1, jnp.int32), method="prefix")
+        cache = network.empty_cache(prompts)
+        cond, _ = model.apply(params, x, about, prompts, cache, method="advance")
+        raw = model.cached_logits(params, guidance.both(factors), prompts)[0]
         return {
-            "cap_embed": x[jnp.array([0, num_captions]), -SHOWN:],
-            "prefill_logits": prefix_logits(params, x, visible)[:, -SHOWN:],
-            "gen_logits_raw": raw,
-            "gen_logits_cfg": filters.guide(raw, jnp.asarray(scale)),
-            "greedy_cfg": greedy(params, scale),
-            "greedy_nocfg": greedy(params, 1.0),
+            # A caption, and the same one not given beside it.
+            "cap_embed": x[:2, -SHOWN:],
+            "prefill_logits": golden_lib.in_halves(model.logits(params, cond[:, -SHOWN:])),
+            "gen_logits_raw": golden_lib.in_halves(raw),
+            "gen_logits_cfg": guidance.combine(raw, guidance.weight(0, 1, network.length)),
+            "greedy_cfg": model.greedy(params, caption, guidance)[..., 0],
+            "greedy_nocfg": model.greedy(params, caption, guidance_lib.Guidance())[..., 0],
         }
 
     compare_all(golden, lambda state: run(convert(state)))

@@ -1,6 +1,6 @@
 """LlamaGen: positions, forward, cached and guided logits, filters, greedy sampling."""
 
-import functools
+import dataclasses
 
 import flax.linen as nn
 import golden as golden_lib
@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from checks_mar import converter
 
+from arcond_jax import types
 from arcond_jax.convert import llamagen as llamagen_table
-from arcond_jax.models import gpt
-from arcond_jax.models.joint import Joint
+from arcond_jax.models import causal, gpt, llamagen
+from arcond_jax.nn import factors as factors_lib
 from arcond_jax.nn import mlp, rope
-from arcond_jax.sampling import causal, filters
+from arcond_jax.sampling import filters, heads, raster
+from arcond_jax.sampling import guidance as guidance_lib
 from arcond_jax.transport import refiners
 
 
@@ -59,91 +61,126 @@ def square(block_size: int) -> tuple[int, int]:
     return side, side
 
 
+class Model:
+    """A causal model of codes as the archives ask for it, in factors throughout."""
+
+    def __init__(self, network: types.CausalModel) -> None:
+        self.network = network
+
+    def abstract(self):
+        """Shapes of the parameters."""
+        init = causal.Generator(self.network, losses=()).init
+        return nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+
+    def apply(self, params, *args, method):
+        return self.network.apply({"params": params}, *args, method=method)
+
+    def logits(self, params, cond):
+        """Of the first factor."""
+        none = jnp.zeros((*cond.shape[:-1], 0), jnp.int32)
+        return self.apply(params, cond, none, method="factor_logits")
+
+    def forced_logits(self, params, factors, prompt, at=None):
+        """Of every factor of every position from real prefixes, as training asks for them."""
+        at = jnp.arange(self.network.length) if at is None else at
+        token = causal.given(factors, None, 1)
+        cond = self.apply(params, token, prompt, at, method=causal.teacher_forced)
+        return self.apply(params, cond, factors, method="all_factor_logits")
+
+    def fed(self, params, factors, prompt, at):
+        """The prompt and the given codes as the blocks are fed them, and what each is about.
+
+        `at` holds one position more than there are codes.
+        """
+        x, about = self.apply(params, prompt, at[..., :1], method="prefix")
+        token = types.Token(codes=factors[:, :, None])
+        embedded = self.apply(params, token, at, method="embed")
+        return jnp.concatenate([x, embedded], axis=1), jnp.concatenate([about, at[..., 1:]], -1)
+
+    def cached_logits(self, params, factors, prompt):
+        """Of every factor, one position at a time as sampling goes, all rows of a guided batch."""
+        x, cache = raster.Raster(self.network, ()).start(params, prompt)
+
+        def body(carry, position):
+            x, cache = carry
+            cond, cache = self.apply(params, x, position[None], prompt, cache, method="advance")
+            token = types.Token(codes=factors[:, position, None, None])
+            x = self.apply(params, token, position + jnp.arange(2), method="embed")
+            logits = [
+                self.apply(params, cond[:, 0], factors[:, position, :i], method="factor_logits")
+                for i in range(len(self.network.factor_sizes))
+            ]
+            return (x, cache), logits
+
+        logits = jax.lax.scan(body, (x, cache), jnp.arange(self.network.length))[1]
+        return [jnp.moveaxis(x, 0, 1) for x in logits]
+
+    def greedy(self, params, prompt, guidance):
+        """The most likely factors, drawn by the sampling loop."""
+        loop = raster.Raster(self.network, (heads.Codes(top_k=1),), guidance)
+        drawn = loop(params, jax.random.key(0), prompt, refiner=refiners.Identity())
+        return factors_lib.split(drawn.tokens.codes, self.network.factor_sizes)
+
+
 def check(golden: golden_lib.Golden) -> None:
     config, inputs = golden.config, golden.inputs
     assert config["cls_token_num"] == 1 and config["class_dropout_prob"] > 0
     backbone = backbone_of(config, config["n_layer"], square(config["block_size"]))
-    network = Joint(backbone, config["num_classes"], num_codes=config["vocab_size"])
+    network = llamagen.LlamaGen(
+        backbone=backbone, num_classes=config["num_classes"], num_codes=config["vocab_size"]
+    )
+    model, length = Model(network), network.length
     codes, label, dropped = (
         jnp.asarray(inputs[name], jnp.int32) for name in ("idx", "labels", "labels_dropped")
     )
-    batch = len(label)
-    null = jnp.full_like(label, network.num_classes)
-    init = functools.partial(network.init, method=Joint.touch_all)
-    abstract = nn.unbox(jax.eval_shape(init, jax.random.key(0), label))["params"]
-    convert = converter(llamagen_table.rows(network), abstract)
+    convert = converter(llamagen_table.rows(network), model.abstract())
+    guidance = guidance_lib.Guidance(scale=config["cfg_scale"])
 
-    def apply(params, *args, method):
-        return network.apply({"params": params}, *args, method=method)
-
-    def embedded(params, codes, label):
-        token = apply(params, label, method=Joint.class_token)
-        told = apply(params, None, codes[..., None], method=Joint.embed)
-        return jnp.concatenate([token, told], axis=1)
-
-    def logits_of(params, cond):
-        rows = apply(params, cond, method=Joint.slots)
-        return apply(params, rows, method=Joint.logits)[..., 0, :]
+    def embedded(params):
+        """And what each is about; the last code tells of a position that does not exist."""
+        return model.fed(params, codes[..., None], label, jnp.arange(length + 1))
 
     def train_logits(params):
         """Under the labels and under those with some dropped, in one batch."""
         labels, twice = jnp.concatenate([label, dropped]), jnp.concatenate([codes, codes])
-        cond = apply(params, None, twice[..., None], labels, method=Joint.teacher_forced)
-        return jnp.split(logits_of(params, cond), 2)
+        return jnp.split(model.forced_logits(params, twice[..., None], labels)[0], 2)
 
     def full_logits(params):
-        x = embedded(params, codes, label)
-        cond, _ = apply(params, x, None, jnp.arange(x.shape[1]), method=Joint.condition)
-        return logits_of(params, cond)
-
-    def cached_logits(params):
-        """Step by step, one token at a time, both halves of a guided batch."""
-        x = embedded(params, jnp.concatenate([codes, codes]), jnp.concatenate([label, null]))
-
-        def step(cache, column):
-            cond, cache = apply(
-                params, column[:, None], cache, jnp.zeros(1, jnp.int32), method=Joint.condition
-            )
-            return cache, logits_of(params, cond[:, 0])
-
-        cache = backbone.empty_cache(2 * batch)
-        logits = jax.lax.scan(step, cache, jnp.moveaxis(x[:, :-1], 1, 0))[1]
-        return jnp.moveaxis(logits, 0, 1)
-
-    def greedy(params, **choices):
-        loop = causal.CausalSampler(network, None, top_k=1, **choices)
-        drawn = loop(params, jax.random.key(0), label, refiner=refiners.Identity())
-        return drawn.tokens.codes
+        x, about = embedded(params)
+        cond, _ = model.apply(params, x, about, label, None, method="advance")
+        return model.logits(params, cond)
 
     @jax.jit
     def run(params):
         train, train_dropped = train_logits(params)
         losses = cross_entropy(train, codes)
-        raw = cached_logits(params)
-        scale, interval = config["cfg_scale"], config["cfg_interval"]
-        # The first token and decoding steps 0 to `interval`; -1 is all of them.
-        until = None if interval < 0 else interval + 2
+        prompts = guidance.prompts(network, label)
+        raw = model.cached_logits(params, guidance.both(codes[..., None]), prompts)[0]
         outputs = {
             "freqs_cis": rope.rope_table(
                 backbone.grid, backbone.width // backbone.num_heads, num_prefix=1
             ),
-            "h_embed": embedded(params, codes, label),
+            "h_embed": embedded(params)[0],
             "train_logits": train,
             "train_logits_null": train_dropped,
             "train_loss": jnp.mean(losses),
             # The official `valid` keeps every other sample, from the first.
             "train_loss_valid": jnp.mean(losses[::2]),
             "eval_logits_full": full_logits(params),
-            "gen_logits_raw": raw,
-            "gen_logits_cfg": filters.guide(raw, jnp.asarray(scale)),
+            "gen_logits_raw": golden_lib.in_halves(raw),
+            "gen_logits_cfg": guidance.combine(raw, guidance.weight(0, 1, length)),
         }
         if "greedy_nocfg" in golden.outputs:
-            guided = dict(guidance_scale=scale)
-            outputs |= {
-                "greedy_nocfg": greedy(params),
-                "greedy_cfg": greedy(params, **guided),
-                "greedy_cfg_interval": greedy(params, guided_positions=until, **guided),
+            interval = config["cfg_interval"]
+            # The first token and decoding steps 0 to `interval`; -1 is all of them.
+            some = dataclasses.replace(guidance, positions=None if interval < 0 else interval + 2)
+            choices = {
+                "greedy_nocfg": guidance_lib.Guidance(),
+                "greedy_cfg": guidance,
+                "greedy_cfg_interval": some,
             }
+            for name, chosen in choices.items():
+                outputs[name] = model.greedy(params, label, chosen)[..., 0]
         return outputs
 
     # What is cut is -inf and the rest untouched, so these are equal to the last bit.

@@ -14,7 +14,7 @@ from arcond_jax.convert import table
 from arcond_jax.diffusion import gaussian, solvers
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.models import diffusion_head, mar
-from arcond_jax.sampling import filters
+from arcond_jax.sampling import guidance as guidance_lib
 from arcond_jax.sampling import mar as mar_sampling
 from arcond_jax.tokenizers import kl
 from arcond_jax.transport import refiners
@@ -65,7 +65,9 @@ def check_head(golden: golden_lib.Golden) -> None:
         net, parts = head.apply({"params": params}, x, t, cond, capture_intermediates=True)
         half = x[: len(x) // 2]
         both = head.apply({"params": params}, jnp.concatenate([half, half]), t, cond)
-        guided = filters.guide_noise(both, jnp.asarray(inputs["cfg_scale"]))[:, :channels]
+        guidance = guidance_lib.Guidance(scale=float(golden.inputs["cfg_scale"]))
+        weight = guidance.weight(0, 1, 1)
+        guided = guidance.combine_noise(golden_lib.in_pairs(both), weight)[:, :channels]
         guided = jnp.concatenate([guided, guided])
         x0, mean, log_variance, drawn = steps(params)
         return {
@@ -202,13 +204,9 @@ def check_sample(golden: golden_lib.Golden) -> None:
     solver = solvers.Solver(
         checks_diffusion.respaced(config["num_sampling_steps"]), temperature=config["temperature"]
     )
+    guidance = guidance_lib.Guidance(scale=config["cfg"], schedule=config["cfg_schedule"])
     loop = mar_sampling.MARSampler(
-        network,
-        solver,
-        num_ar_steps=num_steps,
-        guidance_scale=config["cfg"],
-        guidance_schedule=config["cfg_schedule"],
-        num_buckets=2,
+        network, solver, num_ar_steps=num_steps, guidance=guidance, num_buckets=2
     )
     ends = mar_sampling.step_ends(length, num_steps).tolist()
     starts = [0, *ends[:-1]]
@@ -240,7 +238,7 @@ def check_sample(golden: golden_lib.Golden) -> None:
         ).tokens.latents
         in_order = mar.in_order(drawn, jnp.asarray(order))
         outputs = {"tokens": drawn}
-        fed = jnp.append(label, jnp.full_like(label, network.num_classes)) if guided else label
+        fed = jnp.append(label, network.null(label)) if guided else label
         copies = len(fed) // batch
         tokens = jnp.concatenate([in_order] * copies)
         orders = jnp.concatenate([jnp.asarray(order)] * copies)
@@ -262,10 +260,11 @@ def check_sample(golden: golden_lib.Golden) -> None:
             outputs[f"sampled_{k}"] = in_order[rows, places[k]]
         side = network.grid
         outputs["latents"] = kl.paste(drawn, side, config["patch_size"]).transpose(0, 3, 1, 2)
-        shares = np.minimum(ends, length - 1) / length
-        outputs["cfg_iter"] = jnp.stack(
-            [filters.guidance_weight(config["cfg"], config["cfg_schedule"], s) for s in shares]
-        )
+        weights = [
+            guidance.weight(start, min(end, length - 1), length)
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        outputs["cfg_iter"] = jnp.stack(weights) if guided else jnp.ones(num_steps)
         return outputs
 
     # The unconditional half of what the official head returns is thrown away there.

@@ -1,17 +1,14 @@
 """RAR: forward in any order, cached and guided logits, greedy sampling, one block."""
 
-import flax.linen as nn
 import golden as golden_lib
 import jax
 import jax.numpy as jnp
-from checks_gpt import compare_all, cross_entropy, square
+from checks_gpt import Model, compare_all, cross_entropy, square
 from checks_mar import converter
 
 from arcond_jax.convert import rar as rar_table
 from arcond_jax.models import rar
-from arcond_jax.sampling import codes as codes_lib
-from arcond_jax.sampling import filters
-from arcond_jax.transport import refiners
+from arcond_jax.sampling import guidance as guidance_lib
 
 
 def check(golden: golden_lib.Golden) -> None:
@@ -25,44 +22,30 @@ def check(golden: golden_lib.Golden) -> None:
         num_heads=config["num_attention_heads"],
         mlp_hidden=config["intermediate_size"],
     )
-    generator = rar.Generator(network)
-    abstract = nn.unbox(jax.eval_shape(generator.init, jax.random.key(0)))
-    convert = converter(rar_table.rows(network), abstract)
+    model, length = Model(network), network.length
+    convert = converter(rar_table.rows(network), model.abstract())
     codes, label, order = (jnp.asarray(inputs[n], jnp.int32) for n in ("ids", "labels", "orders"))
-    length, raster = network.length, rar.raster_orders(*codes.shape)
-    null = jnp.full_like(label, network.num_classes)
-    both_labels = jnp.concatenate([label, null])
-    both_codes = jnp.concatenate([codes, codes])
+    raster = jnp.broadcast_to(jnp.arange(length), order.shape)
+    null = network.null(label)
     visited = jnp.take_along_axis(codes, order, axis=1)
-    scale, power = config["guidance_scale"], config["guidance_scale_pow"]
 
-    def shares(power):
-        return jnp.stack(
-            [filters.power_cosine_weight(scale, power, i / length) for i in range(length)]
+    def guidance(power):
+        return guidance_lib.Guidance(
+            scale=config["guidance_scale"], schedule="power_cosine", power=power
         )
 
-    def cached_logits(params):
-        def apply(*args, method):
-            return network.apply({"params": params}, *args, method=method)
+    def shares(power):
+        return jnp.stack([guidance(power).weight(i, i + 1, length) for i in range(length)])
 
-        none = jnp.zeros((len(both_labels), 0), jnp.int32)
-        cond, cache = apply(both_labels, method="start")
-
-        def body(cache, position):
-            given = both_codes[:, position, None]
-            cond, cache = apply(given, position, both_labels, cache, method="advance")
-            return cache, cond
-
-        rest = jax.lax.scan(body, cache, jnp.arange(length - 1))[1]
-        conds = jnp.concatenate([cond[None], rest])
-        logits = jax.vmap(lambda c: apply(c, none, method="factor_logits"))(conds)
-        return jnp.moveaxis(logits, 0, 1)
-
-    def greedy(params, scale):
-        draws = (codes_lib.Draw(guidance_scale=scale, top_k=1),)
-        loop = codes_lib.CodeSampler(network, draws, guidance_power=power)
-        drawn = loop(params, jax.random.key(0), label, refiner=refiners.Identity())
-        return drawn.tokens.codes
+    def all_logits(params, codes, at, label):
+        """Of all positions in the order they are visited, and of one more that does not exist."""
+        # The last code is told no next position: a spare row of the table, made zero.
+        at = jnp.pad(at, ((0, 0), (0, 1)), constant_values=length)
+        told = params["next_position"].at[rar.PREFIX + length].set(0.0)
+        params = params | {"next_position": told}
+        x, about = model.fed(params, codes[..., None], label, at)
+        cond, _ = model.apply(params, x, about, label, None, method="advance")
+        return model.logits(params, cond[:, rar.PREFIX - 1 :])
 
     def first_block(params):
         """The first layer and the last modulation alone, on embeddings without positions."""
@@ -73,30 +56,27 @@ def check(golden: golden_lib.Golden) -> None:
         layer = jax.tree.map(lambda p: p[0], params["blocks"])
         (y, _), _ = block.apply({"params": layer}, (x, None), jnp.array(0), jax.nn.silu(given))
         one = network.clone(depth=1)
+        # A block whose gates are 0 hands on what it is given.
         silent = jax.tree.map(lambda p: jnp.zeros_like(p[:1]), params["blocks"])
-
-        def last(module):
-            # A block whose gates are 0 hands on what it is given.
-            return module._run(x, label, None)[0]
-
-        final = one.apply({"params": params | {"blocks": silent}}, method=last)
+        variables = {"params": params | {"blocks": silent}}
+        final, _ = one.apply(variables, x, jnp.arange(5), label, None, method="advance")
         return y, final
 
     @jax.jit
     def run(params):
         # All rows in one call, which is compiled once.
-        rows = generator.logits(
+        rows = all_logits(
             params,
-            jnp.concatenate([visited, visited, both_codes]),
+            jnp.concatenate([visited, visited, codes, codes]),
             jnp.concatenate([order, order, raster, raster]),
-            jnp.concatenate([both_labels, both_labels]),
+            jnp.concatenate([label, null, label, null]),
         )
         logits, of_none, of_raster, of_raster_none = jnp.split(rows, 4)
-        nocache = jnp.concatenate([of_raster, of_raster_none])[:, :-1]
-        raw = cached_logits(params)
-        weights = shares(power)
+        chosen = guidance(config["guidance_scale_pow"])
+        prompts = chosen.prompts(network, label)
+        raw = model.cached_logits(params, chosen.both(codes[..., None]), prompts)[0]
+        weights = shares(chosen.power)
         block, final = first_block(params)
-        guided = jax.vmap(filters.guide, (1, 0), 1)(raw, weights)
         return {
             "condition": network.num_codes + 1 + label,
             "none_condition": network.num_codes + 1 + null,
@@ -106,13 +86,13 @@ def check(golden: golden_lib.Golden) -> None:
             "logits_raster": of_raster,
             "logits_none": of_none,
             "loss": jnp.mean(cross_entropy(logits[:, :-1], visited)),
-            "gen_logits_raw": raw,
-            "gen_logits_raw_nocache": nocache,
+            "gen_logits_raw": golden_lib.in_halves(raw),
+            "gen_logits_raw_nocache": jnp.concatenate([of_raster, of_raster_none])[:, :-1],
             "cfg_scale_per_step": weights,
             "cfg_scale_per_step_pow0": shares(0.0),
-            "gen_logits_cfg": guided,
-            "greedy": greedy(params, scale),
-            "greedy_nocfg": greedy(params, 1.0),
+            "gen_logits_cfg": jax.vmap(chosen.combine, (1, 0), 1)(raw, weights),
+            "greedy": model.greedy(params, label, chosen)[..., 0],
+            "greedy_nocfg": model.greedy(params, label, guidance_lib.Guidance())[..., 0],
             "block0": block,
             "final_layer": final,
         }

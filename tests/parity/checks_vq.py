@@ -14,7 +14,7 @@ from checks_kl import NOISE_FACTOR, captured, converter, nchw, nhwc, of
 from arcond_jax.convert import lfq as convert_lfq
 from arcond_jax.convert import maskgit_vq as convert_maskgit_vq
 from arcond_jax.convert import vq16
-from arcond_jax.nn import conv
+from arcond_jax.nn import conv, factors
 from arcond_jax.tokenizers import lfq, maskgit_vq, vq
 
 # Where its input has channels last, as quantised latents have, PyTorch's GroupNorm takes the
@@ -161,10 +161,10 @@ def check_magvit2_tokenizer(golden):
         num_blocks=config["num_res_blocks"],
         num_bits=config["z_channels"],
     )
-    bits, is_factorized = config["factorized_bits"], config["token_factorization"]
+    sizes, is_factorized = [2**n for n in config["factorized_bits"]], config["token_factorization"]
     if is_factorized:
         pair = [jnp.asarray(golden.inputs[f"code_{part}"], jnp.int32) for part in ("pre", "post")]
-        codes = lfq.join(jnp.stack(pair, axis=-1), bits)
+        codes = factors.join(jnp.stack(pair, axis=-1), sizes)
         code = on_grid(codes, image, network.multipliers)
     else:
         code = on_grid(golden.inputs["code"], image, network.multipliers)
@@ -175,7 +175,7 @@ def check_magvit2_tokenizer(golden):
         recon, decoder = captured(network, params, "from_codes", codes)
         last = network.design.last
         if is_factorized:
-            pre, post = jnp.moveaxis(lfq.factorize(codes, bits), -1, 0)
+            pre, post = jnp.moveaxis(factors.split(codes, sizes), -1, 0)
             ids = {"indices_pre": pre.reshape(-1), "indices_post": post.reshape(-1)}
         else:
             ids = {"indices": codes.reshape(-1)}

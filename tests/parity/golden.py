@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Outputs = Mapping[str, Any]  # name below `out/` to our array
@@ -62,6 +63,16 @@ def perturbed(params: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarr
         else x
         for name, x in params.items()
     }
+
+
+def in_halves(x: jax.Array) -> jax.Array:
+    """Rows under guidance as the official code has them: all conditional ones first."""
+    return jnp.concatenate([x[::2], x[1::2]])
+
+
+def in_pairs(x: jax.Array) -> jax.Array:
+    """Undoes `in_halves`: each conditional row has its unconditional one beside it."""
+    return jnp.stack(jnp.split(x, 2), axis=1).reshape(x.shape)
 
 
 def compare(

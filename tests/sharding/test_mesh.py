@@ -10,7 +10,10 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from arcond_jax import build, run, sharding
+from arcond_jax import build
+from arcond_jax.parallel import compiled, processes
+from arcond_jax.parallel import mesh as mesh_lib
+from arcond_jax.run import drawing, restoring
 from arcond_jax.transport import refiners
 
 MESHES = {
@@ -23,8 +26,8 @@ MESHES = {
 
 def make_mesh(name):
     if MESHES[name] is None:
-        return sharding.make_mesh(devices=jax.devices()[:1])
-    return sharding.make_mesh(**MESHES[name])
+        return mesh_lib.make_mesh(devices=jax.devices()[:1])
+    return mesh_lib.make_mesh(**MESHES[name])
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +47,12 @@ def first_state(config):
 
 
 def place(state, config, mesh):
-    return jax.device_put(state, sharding.tree_shardings(build.abstract_state(config), mesh))
+    return jax.device_put(state, mesh_lib.tree_shardings(build.abstract_state(config), mesh))
 
 
 def three_steps(config, tokenizer, state, mesh):
     step_fn = build.train_step(config, mesh, tokenizer)
-    batch = sharding.put_batch(tiny.batch(config), mesh)
+    batch = processes.put_batch(tiny.batch(config), mesh)
     state, log = place(state, config, mesh), []
     for _ in range(3):
         state, metrics = step_fn(state, tokenizer, batch)
@@ -114,7 +117,7 @@ def is_moments(x):
 
 def test_every_parameter_names_each_of_its_axes_once(config):
     params = build.abstract_state(config).params
-    names = dict(sharding.RULES)
+    names = dict(mesh_lib.RULES)
     boxes = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
     )[0]
@@ -132,12 +135,12 @@ def test_every_parameter_names_each_of_its_axes_once(config):
 def test_axes_that_do_not_divide_stay_whole():
     mesh = make_mesh("data=2 fsdp=2 tensor=2")
     spec = PartitionSpec(("data", "fsdp"), "tensor")
-    assert sharding.fit_spec(spec, (8, 4, 3), mesh) == PartitionSpec(
+    assert mesh_lib.fit_spec(spec, (8, 4, 3), mesh) == PartitionSpec(
         ("data", "fsdp"), "tensor", None
     )
-    assert sharding.fit_spec(spec, (6, 4), mesh) == PartitionSpec(None, "tensor")
-    assert sharding.fit_spec(spec, (4, 3), mesh) == PartitionSpec(("data", "fsdp"), None)
-    assert sharding.num_batch_shards(mesh) == 4
+    assert mesh_lib.fit_spec(spec, (6, 4), mesh) == PartitionSpec(None, "tensor")
+    assert mesh_lib.fit_spec(spec, (4, 3), mesh) == PartitionSpec(("data", "fsdp"), None)
+    assert mesh_lib.num_batch_shards(mesh) == 4
 
 
 @pytest.mark.parametrize(
@@ -157,6 +160,14 @@ def test_meshes_that_cannot_be_end_in_one_line(overrides, message):
     assert "\n" not in str(raised.value)
 
 
+def test_a_program_may_be_compiled_before_there_are_arrays():
+    mesh = make_mesh("data=8")
+    double, place = compiled.Compiled(lambda x: 2 * x, mesh), mesh_lib.batch_sharding(mesh)
+    x = jax.device_put(np.arange(8.0, dtype=np.float32), place)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    np.testing.assert_array_equal(double.lower(shape).compile()(x), double(x))
+
+
 @pytest.fixture(scope="module")
 def images_on(config, tokenizer, first_state):
     """The fresh model gives every code the same chance: equal images are no accident."""
@@ -165,8 +176,8 @@ def images_on(config, tokenizer, first_state):
     def draw(name):
         mesh, label = make_mesh(name), np.arange(16, dtype=np.int32) % 10
         state = place(first_state, config, mesh)
-        trained = run.Trained(config, mesh, tokenizer, state.ema, state.bank, 0)
-        return run.Drawer(trained).images(refiners.Identity(), label, seed=3)
+        trained = restoring.Trained(config, mesh, tokenizer, state.ema, state.bank, 0)
+        return drawing.Drawer(trained).images(refiners.Identity(), label, seed=3)
 
     return draw
 
@@ -185,10 +196,10 @@ def test_images_are_the_same_on_one_device_and_eight(name, images_on):
 def test_a_batch_that_does_not_divide_is_drawn_whole(config, tokenizer, first_state):
     mesh = make_mesh("data=8")
     state = place(first_state, config, mesh)
-    trained = run.Trained(config, mesh, tokenizer, state.ema, state.bank, 0)
-    drawer, label = run.Drawer(trained), np.arange(8, dtype=np.int32)
+    trained = restoring.Trained(config, mesh, tokenizer, state.ema, state.bank, 0)
+    drawer, label = drawing.Drawer(trained), np.arange(8, dtype=np.int32)
     whole = drawer.images(refiners.Identity(), label, seed=3)
     pieces = drawer.images(refiners.Identity(), label, seed=3, batch_size=3)
     np.testing.assert_array_equal(whole, pieces)
-    other = run.Drawer(dataclasses.replace(trained)).images(refiners.Identity(), label, seed=4)
+    other = drawing.Drawer(dataclasses.replace(trained)).images(refiners.Identity(), label, seed=4)
     assert np.any(whole != other)

@@ -12,14 +12,15 @@ import optax
 import pytest
 import tiny
 
-from arcond_jax import build, sharding, types
-from arcond_jax.models import rar
+from arcond_jax import build, types
+from arcond_jax.models import losses, rar
+from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.training import loop, optimizer, step
 from arcond_jax.training import state as state_lib
 
 
 def one_device():
-    return sharding.make_mesh(devices=jax.devices()[:1])
+    return mesh_lib.make_mesh(devices=jax.devices()[:1])
 
 
 def host(tree):
@@ -41,18 +42,18 @@ class Run:
 
     def __call__(self, state, batch):
         # Always in the same places, or the step would be traced anew.
-        state, batch = jax.device_put((state, batch), sharding.replicated(one_device()))
+        state, batch = jax.device_put((state, batch), mesh_lib.replicated(one_device()))
         return self.step_fn(state, self.tokenizer, batch)
 
 
 @functools.cache
-def fitted_tokenizer():
-    return build.tokenizer(tiny.config())
+def fitted_tokenizer(variant):
+    return build.tokenizer(tiny.config(variant))
 
 
 def make_run(variant, *overrides):
     config, mesh = tiny.config(variant, *overrides), one_device()
-    tokenizer = fitted_tokenizer()
+    tokenizer = fitted_tokenizer(variant)
     return Run(
         config,
         host(build.train_state(config, mesh)),
@@ -93,7 +94,7 @@ def test_loss_falls_in_20_steps(request, variant, share):
 
 
 def test_bfloat16_trains_float32_parameters():
-    config, tokenizer = tiny.config("ar", "training.dtype=bfloat16"), fitted_tokenizer()
+    config, tokenizer = tiny.config("ar", "training.dtype=bfloat16"), fitted_tokenizer("ar")
     shapes = nn.unbox(build.abstract_state(config))
     params = host(tiny.random_params(shapes.params))
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
@@ -175,8 +176,8 @@ class Regression:
     def init(self, rng):
         return {"kernel": jnp.arange(4.0)}
 
-    def loss(self, params, tokens, label, rng, *, step=0):
-        target = label + self.noise * jax.random.normal(rng, label.shape)
+    def loss(self, params, tokens, prompt, rng, *, step=0):
+        target = prompt + self.noise * jax.random.normal(rng, prompt.shape)
         loss = jnp.mean((tokens.latents[:, 0] @ params["kernel"] - target) ** 2)
         return loss, {"loss": loss, "step": jnp.asarray(step, jnp.float32)}
 
@@ -208,27 +209,46 @@ class Coded:
 
 
 REGRESSION_BATCH = types.Batch(
-    image=jax.random.normal(jax.random.key(1), (8, 1, 1, 4)), label=jnp.arange(8) % 3
+    image=jax.random.normal(jax.random.key(1), (8, 1, 1, 4)), prompt=jnp.arange(8) % 3
 )
 
 
-def regression_step(generator, update, *, ema_decay=0.0, num_accumulations=1):
+def state_and_step(generator, update, *, ema_decay=0.0, num_accumulations=1):
+    """A fresh state and the compiled update."""
     state = state_lib.create(generator, update, lambda: None, seed=0, mesh=one_device())
-    step_fn = step.make_train_step(
-        generator,
-        update,
-        optax.constant_schedule(1.0),
+    step_fn = functools.partial(
+        step.train_step,
+        generator=generator,
+        tokens_of=lambda tokenizer, batch, rng: tokenizer.encode(batch.image, rng),
+        optimizer=update,
+        rate=optax.constant_schedule(1.0),
         ema_decay=ema_decay,
         num_accumulations=num_accumulations,
     )
-    after, metrics = jax.jit(step_fn)(state, Identity(), REGRESSION_BATCH)
+    return state, jax.jit(step_fn)
+
+
+def regression_step(generator, update, **options):
+    state, step_fn = state_and_step(generator, update, **options)
+    after, metrics = step_fn(state, Identity(), REGRESSION_BATCH)
     return state, after, metrics
+
+
+@pytest.mark.parametrize("random_flip", [True, False])
+def test_half_of_the_images_are_mirrored_if_the_config_says_so(random_flip):
+    image = jax.random.normal(jax.random.key(1), (64, 1, 4, 1))
+    tokens_of = build.tokens_of(tiny.config("ar", f"data.random_flip={random_flip}"))
+    rows = tokens_of(Identity(), types.Batch(image, jnp.zeros(64, int)), jax.random.key(2)).latents
+    plain, mirrored = (jnp.all(rows == x, axis=(1, 2)) for x in (image[:, 0], image[:, 0, ::-1]))
+    assert jnp.all(plain | mirrored)
+    # Of 64 fair coins fewer than 16 or more than 48 show heads with a chance below 1e-4.
+    assert 16 <= mirrored.sum() <= 48 if random_flip else plain.all()
 
 
 def regression_gradient(generator, params, rng, rows=slice(None)):
     part = jax.tree.map(lambda x: x[rows], REGRESSION_BATCH)
     tokens = Identity().encode(part.image)
-    return jax.grad(lambda p: generator.loss(p, tokens, part.label, rng)[0])(params)["kernel"]
+    return jax.grad(lambda p: generator.loss(p, tokens, part.prompt, rng)[0])(params)["kernel"]
 
 
 def test_accumulation_is_the_mean_of_the_gradients_of_the_pieces():
@@ -256,10 +276,7 @@ def test_accumulation_without_noise_is_the_whole_batch():
 
 def metrics_of_steps(generator, tokenizer, num_steps, **options):
     """The metrics of the first steps."""
-    update = optax.sgd(0.1)
-    state = state_lib.create(generator, update, lambda: None, seed=0, mesh=one_device())
-    rate = optax.constant_schedule(1.0)
-    step_fn = jax.jit(step.make_train_step(generator, update, rate, ema_decay=0.0, **options))
+    state, step_fn = state_and_step(generator, optax.sgd(0.1), **options)
     seen = []
     for _ in range(num_steps):
         state, metrics = step_fn(state, tokenizer, REGRESSION_BATCH)
@@ -277,7 +294,7 @@ def test_the_loss_knows_how_many_updates_there_were(num_accumulations):
 def test_random_orders_end_where_they_are_told_to():
     sizes = dict(depth=1, width=8, num_heads=1, mlp_hidden=8, attention_dropout=0.0, dropout=0.0)
     network = rar.RAR(grid=(1, 4), num_codes=2, num_classes=3, **sizes)
-    generator = rar.Generator(network, shuffle_start=1, shuffle_stop=2)
+    generator = rar.Generator(network, (losses.CodeLoss(),), shuffle_start=1, shuffle_stop=2)
     seen = metrics_of_steps(generator, Coded(), 4)
     assert [metrics["shuffled"] for metrics in seen] == [1.0, 1.0, 0.0, 0.0]
 
@@ -306,7 +323,9 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 
 def test_weight_decay_leaves_out_vectors_even_where_layers_are_stacked():
-    config = tiny.config("joint", "gpt.depth=3", "gpt.qk_norm=True", "training.weight_decay=0.5")
+    config = tiny.config(
+        "joint", "model.depth=3", "model.qk_norm=True", "training.weight_decay=0.5"
+    )
     generator, (update, _) = build.generator(config), build.optimizer(config)
     shapes = nn.unbox(jax.eval_shape(generator.init, jax.random.key(0)))
 
@@ -322,6 +341,7 @@ def test_weight_decay_leaves_out_vectors_even_where_layers_are_stacked():
     }
     vectors = {"scale", "bias", "gain"}
     matrices = {"kernel", "table", "head_position", "position", "queries"}
+    matrices |= {"pad"}  # stands in the place of a row of a table
     assert {name.split("/")[-1] for name in moved} == vectors | matrices
     assert {name for name, decayed in moved.items() if decayed} == {
         name for name in moved if name.split("/")[-1] in matrices

@@ -4,7 +4,7 @@ Mesh axes: `data` (whole copies), `fsdp` (parameters cut, batch cut), `tensor` (
 and vocabulary cut). Arrays name their axes logically where they are made; RULES maps the names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -85,20 +85,3 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def num_batch_shards(mesh: Mesh) -> int:
     """Pieces a batch is cut into; batch sizes must be multiples of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def on_mesh(function: Callable, mesh: Mesh, **jit_options: Any) -> Callable:
-    """`jax.jit` under the mesh and the rules, so that constraints inside the models hold."""
-    jitted = jax.jit(function, **jit_options)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-            return jitted(*args, **kwargs)
-
-    return call
-
-
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Process-local rows to global arrays, sharded over the batch axes."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

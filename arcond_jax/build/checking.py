@@ -1,0 +1,123 @@
+"""What a config must be before anything is built from it; each refusal names the key."""
+
+import difflib
+from typing import Any
+
+from arcond_jax import config as config_lib
+from arcond_jax.build import data, defaults, family, models, tokens, training, transport
+from arcond_jax.config import Config, ConfigError
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for a config that no part could work with."""
+    settings = defaults.sections(**defaults.choices_of(config))
+    for name in config_lib.flat(config):
+        key_of(config, name, settings)
+    try:
+        for section, named in settings.items():
+            for name, key in named.items():
+                if section not in config or name not in config[section]:
+                    raise ConfigError(f"the config lacks {section}.{name}")
+                key.accept(f"{section}.{name}", config[section][name])
+        if type(config.seed) is not int or config.seed < 0:
+            raise ConfigError(f"seed {config.seed!r} must be a whole number, at least 0")
+        _check_together(config)
+        # Building costs nothing and runs the checks of the parts themselves.
+        training.optimizer(config)
+        transport.options(config)
+        models.sampler(config)
+        if models.family_of(config).generator is not None:
+            models.generator(config)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_together(config: Config) -> None:
+    """What no setting says alone."""
+    record, kind = models.family_of(config), tokens.kind_of(config)
+    if not set(record.draws) <= set(kind.gives):
+        raise ConfigError(
+            f"model {record.name} draws {' and '.join(record.draws)}, tokenizer "
+            f"{config.tokenizer.name} gives {' and '.join(kind.gives)}"
+        )
+    if config.data.batch_size % config.training.num_accumulations:
+        raise ConfigError(
+            f"training.num_accumulations {config.training.num_accumulations} does not divide "
+            f"data.batch_size {config.data.batch_size}"
+        )
+    for name, why in defaults.silent(config).items():
+        value = config_lib.flat(config)[name]
+        raise ConfigError(f"{name} {value!r} does nothing while {why}: leave it out")
+    record.check(config)
+    transport.check(config, models.conditions(config))
+    rows, columns = tokens.grid(config)
+    if "tensorar" in config:
+        _check_windows(config, rows * columns)
+
+
+def _check_windows(config: Config, length: int) -> None:
+    window = config.tensorar.window
+    if window > length:
+        raise ConfigError(
+            f"tensorar.window {window} must be from 1 to the {length} positions of the token grid"
+        )
+    if config.tensorar.noise == "codebook" and tokens.kind_of(config).codebook is None:
+        raise ConfigError(
+            f"tensorar.noise codebook needs vectors of the codes, which tokenizer "
+            f"{config.tokenizer.name} does not have here: use categorical"
+        )
+
+
+def key_of(config: Config, name: str, settings: dict[str, Any]) -> Any:
+    """The `keys.Key` of one `section.key`; None for `name` and `seed`.
+
+    Raises:
+      ConfigError: The config has no such key, and why.
+    """
+    section, _, leaf = name.partition(".")
+    if name in ("name", "seed") or (section in settings and leaf in settings[section]):
+        return settings[section][leaf] if leaf else None
+    raise ConfigError(f"unknown config key {name}: {_hint(config, name, settings)}")
+
+
+def _hint(config: Config, name: str, settings: dict[str, Any]) -> str:
+    section, _, leaf = name.partition(".")
+    owners = _owners(section, leaf)
+    if owners:
+        return f"it goes with {owners}, and this config has {_choices(config)}"
+    known = ["seed", *(f"{s}.{x}" for s, named in settings.items() for x in named)]
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    if section in settings and leaf:
+        return f"the section has {', '.join(settings[section])}"
+    return f"sections are {', '.join(sorted(settings))}"
+
+
+def _owners(section: str, leaf: str) -> str:
+    """The choices that bring a key, in words; empty if none does."""
+    if section == "tensorar" and leaf in family.TENSORAR:
+        return "configs of windows"
+    chosen = {
+        "tokenizer": ("tokenizer", tokens.TOKENIZERS),
+        "data": ("data", data.DATA),
+        "transport": ("transport.kind", transport.KINDS),
+    }
+    if section in chosen:
+        word, records = chosen[section]
+        names = [x for x, record in records.items() if leaf in record.section]
+        if names:
+            return f"{word} {', '.join(names)}"
+    names = [x for x, record in models.FAMILIES.items() if leaf in record.sections.get(section, {})]
+    if leaf in family.DRAFTS | family.STRIDE and section == "sampling":
+        return "configs of windows"
+    return f"model {', '.join(names)}" if names else ""
+
+
+def _choices(config: Config) -> str:
+    return (
+        f"model {config.model.name}, tokenizer {config.tokenizer.name}, data {config.data.name}, "
+        f"transport.kind {config.transport.kind}"
+    )

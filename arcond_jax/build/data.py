@@ -1,0 +1,66 @@
+"""Images to train on and to compare with."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from arcond_jax.build import keys
+from arcond_jax.config import Config, ConfigError
+from arcond_jax.data import digits, folder, pipeline
+
+COMMON = {
+    "image_size": keys.integer(8),  # pixels on a side
+    "num_channels": keys.integer(1),
+    "num_classes": keys.integer(10),
+    "random_flip": keys.flag(False),
+    "batch_size": keys.integer(64),  # over all devices
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """One kind of data set.
+
+    Attributes:
+      section: Settings besides its name.
+      source: A split of it.
+    """
+
+    section: keys.Section
+    source: Callable[[Config, str], pipeline.Source]
+
+
+def _folder(config: Config, split: str) -> pipeline.Source:
+    data = config.data
+    if data.directory is None:
+        raise ConfigError("data.directory is not set: give the folder that holds the images")
+    return folder.ImageFolder(data.directory, split, image_size=data.image_size)
+
+
+DATA: Mapping[str, Data] = {
+    "digits": Data(COMMON, lambda config, split: digits.Digits(split)),
+    "folder": Data(COMMON | {"directory": keys.text(None, optional=True)}, _folder),
+}
+
+
+def source(config: Config, split: str) -> pipeline.Source:
+    """Random access to a split ("train" or "held_out") of the config's dataset.
+
+    Raises:
+      ConfigError: There is no such dataset, or it is not what the config says.
+    """
+    data = config.data
+    made = DATA[data.name].source(config, split)
+    found = dict(num_classes=made.num_classes, image_shape=tuple(made.image_shape))
+    wanted = dict(num_classes=data.num_classes, image_shape=image_shape(config))
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise ConfigError(
+                f"the {split} split of {data.name} has {name} {found[name]}, the data section of "
+                f"the config says {value}"
+            )
+    return made
+
+
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """Height, width and channels of the images."""
+    return config.data.image_size, config.data.image_size, config.data.num_channels

@@ -1,0 +1,169 @@
+"""What is trained from a condition: the code by cross-entropy, the latent by the diffusion loss.
+
+Each is the counterpart of a head of the sampling loop. Comes in: conditions of all positions and
+the real tokens there, in the order they are visited. Goes out: a weighted loss and its parts.
+
+Source: MAR (Li et al., 2024), models/diffloss.py, for the diffusion loss; TensorAR (2025) for
+windows.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from arcond_jax import types
+from arcond_jax.diffusion import gaussian
+from arcond_jax.diffusion import schedule as schedule_lib
+from arcond_jax.models import tensorar
+
+Apply = Callable[
+    ..., Any
+]  # runs the method of the network that `method` names, with its parameters
+
+
+@runtime_checkable  # annotations are checked at run time in the tests
+class Loss(Protocol):
+    """A part of a model's training loss."""
+
+    def __call__(
+        self,
+        network: types.CausalModel,
+        apply: Apply,
+        cond: Float[Array, "b l d"],
+        factors: Int[Array, "b l factors"] | None,
+        latents: Float[Array, "b l c"] | None,
+        rng: Key[Array, ""],
+    ) -> tuple[Float[Array, ""], types.Metrics]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeLoss:
+    """Cross-entropy of codes in nats, summed over their factors.
+
+    Attributes:
+      weight: Of this loss in the whole.
+      draft_weight: Of the mean cross-entropy of entries 1 and up of a window against entry 0's.
+    """
+
+    weight: float = 1.0
+    draft_weight: float = 1.0
+
+    def __call__(
+        self,
+        network: types.CausalModel,
+        apply: Apply,
+        cond: Float[Array, "b l d"],
+        factors: Int[Array, "b l factors"] | None,
+        latents: Float[Array, "b l c"] | None,
+        rng: Key[Array, ""],
+    ) -> tuple[Float[Array, ""], types.Metrics]:
+        """Mean over positions; what of a window lies beyond the end is left out."""
+        del latents, rng
+        assert factors is not None
+        entries = cross_entropy(network, apply, cond, factors)
+        first, drafts = jnp.sum(entries[0]), jnp.sum(entries[1:], axis=-1)
+        metrics = {"cross_entropy": first}
+        if entries.shape[1] > 1:
+            metrics |= {f"cross_entropy/factor_{i}": x for i, x in enumerate(entries[0])}
+        loss = first
+        if network.window > 1:
+            metrics |= {f"cross_entropy/draft_{j}": x for j, x in enumerate(drafts, 1)}
+            loss = loss + self.draft_weight * jnp.mean(drafts)
+        return self.weight * loss, metrics | {"loss_tensor": loss}
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentLoss:
+    """MAR's diffusion loss: mse of the noise, and the variational term that trains its variance.
+
+    Attributes:
+      schedule: The noise process.
+      weight: Of this loss in the whole.
+      num_copies: Times each position is noised anew per step (MAR's diffusion_batch_mul).
+      code_dropout: Chance that the head is not told a position's code.
+    """
+
+    schedule: schedule_lib.Schedule
+    weight: float = 1.0
+    num_copies: int = 1
+    code_dropout: float = 0.0
+
+    def __call__(
+        self,
+        network: types.CausalModel,
+        apply: Apply,
+        cond: Float[Array, "b l d"],
+        factors: Int[Array, "b l factors"] | None,
+        latents: Float[Array, "b l c"] | None,
+        rng: Key[Array, ""],
+    ) -> tuple[Float[Array, ""], types.Metrics]:
+        """Mean over positions and copies."""
+        assert latents is not None
+        time_rng, noise_rng, code_rng = jax.random.split(rng, 3)
+        codes = None
+        if factors is not None:
+            untold = jax.random.bernoulli(code_rng, self.code_dropout, latents.shape[:-1])
+            codes = jnp.where(untold, network.factor_sizes[0], factors[..., 0])
+        cond = apply(cond, codes, method="latent_cond")
+        shape = (self.num_copies, *latents.shape)
+        t = jax.random.randint(time_rng, shape[:-1], 0, len(self.schedule.betas))
+        noise = jax.random.normal(noise_rng, shape)
+        mse, vb = diffusion_losses(apply, cond, latents, t, noise, schedule=self.schedule)
+        mse, vb = jnp.mean(mse), jnp.mean(vb)
+        metrics = {"diffusion/mse": mse, "diffusion/vb": vb, "loss_diffusion": mse + vb}
+        return self.weight * (mse + vb), metrics
+
+
+def diffusion_losses(
+    apply: Apply,
+    cond: Float[Array, "b l d"],
+    latents: Float[Array, "b l c"],
+    t: Int[Array, "copies b l"],
+    noise: Float[Array, "copies b l c"],
+    *,
+    schedule: schedule_lib.Schedule,
+) -> tuple[Float[Array, "copies b l"], Float[Array, "copies b l"]]:
+    """Squared error of the noise and variational term of every position and copy."""
+    x0 = jnp.broadcast_to(latents, noise.shape)
+    x = gaussian.q_sample(x0, t, noise, schedule=schedule)
+    cond = jnp.broadcast_to(cond, (*noise.shape[:-1], cond.shape[-1]))
+    output = apply(x, t, cond, method="denoise")
+    return gaussian.loss(output, x0, x, t, noise, schedule=schedule)
+
+
+def cross_entropy(
+    network: types.CausalModel,
+    apply: Apply,
+    cond: Float[Array, "b l d"],
+    factors: Int[Array, "b l factors"],
+) -> Float[Array, "w factors"]:
+    """Mean cross-entropy of each entry of the window and each factor, in nats.
+
+    Entry after entry with rematerialisation: the logits of all entries are never held at once.
+    """
+    rows = apply(cond, network.window, method="rows")
+    num_rows, length, _ = factors.shape
+    targets = tensorar.windows(factors, network.window)
+    counted = jnp.asarray(tensorar.inside(length, network.window), jnp.float32)
+
+    @jax.checkpoint
+    def of_entry(
+        row: Float[Array, "b l d"], target: Int[Array, "b l factors"], weight: Float[Array, " l"]
+    ) -> Float[Array, " factors"]:
+        logits = apply(row, target, method="all_factor_logits")
+        log_p = [jax.nn.log_softmax(x) for x in logits]
+        picked = [
+            jnp.take_along_axis(x, target[..., i, None], axis=-1)[..., 0]
+            for i, x in enumerate(log_p)
+        ]
+        return jnp.stack([-jnp.sum(x * weight) / (jnp.sum(weight) * num_rows) for x in picked])
+
+    def body(_, entry):
+        return None, of_entry(*entry)
+
+    entries = (jnp.moveaxis(rows, 2, 0), jnp.moveaxis(targets, 2, 0), counted.T)
+    return jax.lax.scan(body, None, entries)[1]
