@@ -42,7 +42,7 @@ $(READY): pyproject.toml requirements.lock
 	  exit 1; }
 	@echo "Installing into .venv; the first time takes a few minutes."
 	@if command -v uv >/dev/null; then \
-	  test -x $(BIN)/python || uv venv -q --python '>=3.11,<3.14' .venv; \
+	  test -x $(BIN)/python || uv venv -q --seed --python '>=3.11,<3.14' .venv; \
 	  uv pip install -q --python $(BIN)/python --require-hashes -r requirements.lock \
 	    && uv pip install -q --python $(BIN)/python --no-build-isolation --no-deps -e .; \
 	else \

@@ -1,15 +1,16 @@
 """Saves what a run needs to continue, and restores it on any mesh; the only door to Orbax.
 
-A checkpoint of a run holds four items: `state` and `tokenizer` (trees of arrays, written shard by
-shard), `data` (the position of the data iterator) and `config` (both plain JSON). It is written in
-the background and appears under its step number only when it is whole, so a killed run leaves
-every earlier one intact. Directories may be local or a bucket (`gs://...`).
+A checkpoint of a run holds `state` and `tokenizer` (trees of arrays, written shard by shard),
+`data` (the position of the data iterator) and `config` (both plain JSON), and `digests` of all of
+them, by which a bit that flipped on the disk is found when it is read. It is written in the
+background and appears under its step number only when it is whole, so a killed run leaves every
+earlier one intact. Directories may be local or a bucket (`gs://...`).
 """
 
 import contextlib
 import dataclasses
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
+
+from arcond_jax import digest
 
 Tree = Any  # a tree of arrays, or of jax.ShapeDtypeStruct where the name says abstract
 
@@ -70,7 +73,9 @@ class Checkpoints:
                 save_decision_policy=checkpoint_managers.AnySavePolicy(policies),
                 preservation_policy=checkpoint_managers.LatestN(keep),
             ),
-            handler_registry=_registry(arrays=("state", "tokenizer"), json=("data", "config")),
+            handler_registry=_registry(
+                arrays=("state", "tokenizer"), json=("data", "config", "digests")
+            ),
         )
 
     def save(
@@ -103,13 +108,12 @@ class Checkpoints:
                 f"{self._directory} already holds step {latest}, cannot save step {step}: continue"
                 " from it, delete the later steps or use another directory."
             )
-        items: dict[str, ocp.args.CheckpointArgs] = {"state": ocp.args.StandardSave(state)}
-        if tokenizer is not None:
-            items["tokenizer"] = ocp.args.StandardSave(tokenizer)
-        items["data"] = ocp.args.JsonSave(data)
-        items["config"] = ocp.args.JsonSave(config)
+        if not (force or self._manager.should_save(step)):
+            return False
+        trees = {"state": state} | ({} if tokenizer is None else {"tokenizer": tokenizer})
+        plain = {"data": data, "config": config}
         with self._writing():
-            saved = self._manager.save(step, args=ocp.args.Composite(**items), force=force)
+            saved = self._manager.save(step, args=_save_args(trees, plain), force=force)
         if saved:
             self._position = step
         return saved
@@ -151,8 +155,9 @@ class Checkpoints:
             items: dict[str, ocp.args.CheckpointArgs] = {
                 name: _restore_args(tree) for name, tree in trees.items()
             }
-            items["data"] = ocp.args.JsonRestore()
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            plain = _plain(self._directory / str(step), "data", "config")
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items, **plain))
+            _check_digests({name: restored[name] for name in items}, restored)
         self._position = step
         return Restored(
             step=step,
@@ -165,8 +170,18 @@ class Checkpoints:
         """The config saved with a step (None: the latest); reads no arrays."""
         step = self._existing(step)
         with self._reading(step):
-            items = ocp.args.Composite(config=ocp.args.JsonRestore())
-            return self._manager.restore(step, args=items)["config"]
+            items = ocp.args.Composite(**_plain(self._directory / str(step), "data", "config"))
+            restored = self._manager.restore(step, args=items)
+            _check_digests({}, restored)
+            return restored["config"]
+
+    def remove_after(self, step: int) -> list[int]:
+        """Removes every later checkpoint, and returns their steps."""
+        later = [known for known in sorted(self._manager.all_steps()) if known > step]
+        with self._writing():
+            for known in reversed(later):
+                self._manager.delete(known)
+        return later
 
     def latest_step(self) -> int | None:
         """The newest step saved, None if there is none."""
@@ -222,6 +237,12 @@ class Checkpoints:
             yield
 
 
+def has_steps(directory: str) -> bool:
+    """Whether a directory holds a checkpoint of a run."""
+    path = _absolute(directory)
+    return path.is_dir() and any(child.name.isdigit() for child in path.iterdir())
+
+
 def save_tree(directory: str, tree: Tree, metadata: dict[str, Any]) -> None:
     """Writes one tree and its JSON description; the directory appears only when both are whole.
 
@@ -232,9 +253,7 @@ def save_tree(directory: str, tree: Tree, metadata: dict[str, Any]) -> None:
     if path.exists():
         raise CheckpointError(f"{path} exists: delete it or use another directory.")
     _check_writable(path.parent)
-    items = ocp.args.Composite(
-        tree=ocp.args.StandardSave(tree), metadata=ocp.args.JsonSave(metadata)
-    )
+    items = _save_args({"tree": tree}, {"metadata": metadata})
     writing = _one_line(f"Writing {path} failed", "free space or use another directory")
     with writing, _tree_checkpointer() as checkpointer:
         checkpointer.save(path, args=items)
@@ -251,16 +270,21 @@ def load_tree(directory: str, abstract: Tree) -> Tree:
         # None if the files that describe it are gone; the TypeError then says "damaged".
         saved = checkpointer.metadata(path).item_metadata["tree"]  # pyright: ignore[reportOptionalSubscript]
         _check_matches({"tree": abstract}, {"tree": saved}, where=str(path))
-        args = ocp.args.Composite(tree=ocp.args.StandardRestore(_placed(abstract)))
-        return checkpointer.restore(path, args=args)["tree"]
+        items: dict[str, ocp.args.CheckpointArgs] = {
+            "tree": ocp.args.StandardRestore(_placed(abstract))
+        }
+        restored = checkpointer.restore(path, args=ocp.args.Composite(**items, **_plain(path)))
+        _check_digests({"tree": restored["tree"]}, restored)
+        return restored["tree"]
 
 
 def load_metadata(directory: str) -> dict[str, Any]:
     """Reads the description given to `save_tree`, and no arrays."""
     path = _absolute(directory)
     with _reading_tree(path) as checkpointer:
-        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return checkpointer.restore(path, args=args)["metadata"]
+        restored = checkpointer.restore(path, args=ocp.args.Composite(**_plain(path, "metadata")))
+        _check_digests({}, restored)
+        return restored["metadata"]
 
 
 @contextlib.contextmanager
@@ -273,8 +297,42 @@ def _reading_tree(path: epath.Path) -> Iterator[ocp.Checkpointer]:
 
 
 def _tree_checkpointer() -> ocp.Checkpointer:
-    registry = _registry(arrays=("tree",), json=("metadata",))
+    registry = _registry(arrays=("tree",), json=("metadata", "digests"))
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(handler_registry=registry))
+
+
+def _save_args(trees: dict[str, Tree], plain: dict[str, Any]) -> ocp.args.Composite:
+    """Trees and plain JSON by item, and the digests of all."""
+    digests = {name: digest.of_tree(tree) for name, tree in trees.items()}
+    digests |= {name: digest.of_json(value) for name, value in plain.items()}
+    return ocp.args.Composite(
+        **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
+        **{name: ocp.args.JsonSave(value) for name, value in plain.items()},
+        digests=ocp.args.JsonSave(digests),
+    )
+
+
+def _plain(folder: epath.Path, *names: str) -> dict[str, ocp.args.JsonRestore]:
+    """Items of plain JSON to restore, and their digests; earlier versions saved none."""
+    if (folder / "digests").is_dir():
+        names += ("digests",)
+    return {name: ocp.args.JsonRestore() for name in names}
+
+
+def _check_digests(
+    trees: dict[str, Tree], restored: Mapping[str, Any] | ocp.args.Composite
+) -> None:
+    """Raises ValueError, naming the item, if what was restored is not what was saved."""
+    if "digests" not in restored:
+        return
+    saved = restored["digests"]
+    for name, tree in trees.items():
+        for path, found in digest.of_tree(tree).items():
+            if saved[name][path] != found:
+                raise ValueError(f"{name}/{path} is not what was saved")
+    for name in ("data", "config", "metadata"):
+        if name in restored and saved[name] != digest.of_json(restored[name]):
+            raise ValueError(f"{name} is not what was saved")
 
 
 def _registry(*, arrays: tuple[str, ...], json: tuple[str, ...]):

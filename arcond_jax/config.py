@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import inspect
 import pathlib
-import pkgutil
 import runpy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -35,34 +34,66 @@ def read(path: str) -> Config:
     Raises:
       ConfigError: no such file, name or variant, or a file that fails.
     """
-    path, _, variant = path.partition(":")
+    path, variant = _split(path)
     try:
         get_config = _get_config(path)
         if variant and not inspect.signature(get_config).parameters:
             raise ConfigError(f"{path} has no variants, so not {variant!r}")
-        return get_config(variant) if variant else get_config()
+        made = get_config(variant) if variant else get_config()
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    except Exception as error:  # a config file is a program of the user's
-        raise ConfigError(f"{path} fails with {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:  # a config file is a program of the user's
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{path} fails with {type(error).__name__}: {text}") from None
+    if not isinstance(made, config_dict.ConfigDict):
+        raise ConfigError(
+            f"{path}: get_config returns {type(made).__name__}, not a config: end it with `return "
+            "config`"
+        )
+    try:
+        flat(made)
+    except TypeError:  # names that cannot be sorted
+        raise ConfigError(f"{path}: the names of settings must all be words") from None
+    return made
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Path and variant; a path may hold colons where a file of that name is there."""
+    if pathlib.Path(text).expanduser().is_file():
+        return text, ""
+    name, _, variant = text.partition(":")
+    if name in shipped():
+        return name, variant
+    path, _, variant = text.rpartition(":") if ":" in text else (text, "", "")
+    return path, variant
 
 
 def shipped() -> list[str]:
-    """Names of the configs that come with the library."""
-    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+    """Names of the configs that come with the library; not of what several of them share."""
+    files = [pathlib.Path(folder) for folder in configs.__path__]
+    return sorted(
+        path.stem
+        for folder in files
+        for path in folder.glob("*.py")
+        if "def get_config(" in path.read_text("utf-8")
+    )
 
 
 def _get_config(path: str) -> Callable[..., Config]:
     if path in shipped():
         return importlib.import_module(f"{configs.__name__}.{path}").get_config
-    if not pathlib.Path(path).is_file():
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
         raise ConfigError(
             f"no config file {path}: give one, or the name of one that comes with the library: "
             f"{', '.join(shipped())}"
         )
-    return runpy.run_path(path)["get_config"]
+    found = runpy.run_path(str(file)).get("get_config")
+    if not callable(found):
+        raise ConfigError(f"{path} has no function get_config: define one that returns the config")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +122,7 @@ def parse(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return name, value  # a bare word
 
 

@@ -6,6 +6,7 @@ After a change on purpose: `python tests/test_build.py`.
 
 import json
 import pathlib
+import re
 
 import flax.linen as nn
 import jax
@@ -230,7 +231,7 @@ WRONG_OVERRIDES = {
     "sampling.drafts=on": r"drafts 'on' is not one of off, draw, feed",
     "transport.epsilon=0": r"transport\.epsilon 0\.0 must be above 0",
     "transport.grouping=row": r"transport\.grouping 'row' is not one of class, shared",
-    "seed=-1": r"seed -1 must be a whole number, at least 0",
+    "seed=-1": r"seed -1 must be at least 0",
 }
 
 
@@ -285,6 +286,39 @@ def test_config_files_with_foreign_settings_are_refused(tmp_path):
         )
         with pytest.raises(build.ConfigError, match=message):
             build.load_config(str(path))
+
+
+def test_own_images_takes_classes_from_the_folder(tmp_path):
+    for name in ("cat", "dog", ".hidden"):
+        (tmp_path / "a:b" / "train" / name).mkdir(parents=True)
+    config = build.load_config(f"own_images:{tmp_path / 'a:b'}", ["data.image_size=64"])
+    assert config.data.num_classes == 2 and config.data.directory == str(tmp_path / "a:b")
+    for folder, message in (
+        ("", r"name the folder that holds train/<class>/"),
+        (f":{tmp_path}", r"train does not exist: put the images into"),
+        (f":{tmp_path / 'a:b' / 'train' / '..' / '..'}", r"does not exist"),
+    ):
+        with pytest.raises(build.ConfigError, match=message):
+            build.load_config(f"own_images{folder}")
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("digits:base", "model.num_kv_heads=3", "model.num_heads 4 is not divisible by model.num"),
+        ("digits:base", "model.num_heads=64", "rotary positions in rows and columns need a mult"),
+        ("digits:mar", "model.decoder_depth=1", "model.decoder_depth 1 must be at least 2"),
+        ("digits:ar", "loss.w_diffusion=0", "loss.w_diffusion 0.0 must be above 0"),
+        ("digits:joint", "seed=1.5", "config key seed wants int, not '1.5'"),
+        ("digits:joint", "seed=4294967296", "seed 4294967296 must be at least 0 and at most 4294"),
+        ("digits:joint", "transport.kind=[1]", "config key transport.kind wants str"),
+        ("digits:joint", "sampling.stride=2", "it goes with configs of windows over codes alone"),
+        ("imagenet", "seed=0", "no config file imagenet"),
+    ],
+)
+def test_settings_that_fit_nothing(name, override, message):
+    with pytest.raises(build.ConfigError, match=re.escape(message)):
+        build.load_config(name, [override])
 
 
 def test_nothing_is_run_but_the_file_that_is_named(tmp_path, monkeypatch):

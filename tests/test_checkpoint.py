@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from arcond_jax import checkpoint
+from arcond_jax import checkpoint, digest
 
 
 @flax.struct.dataclass
@@ -25,7 +25,7 @@ class State:
 
 
 def make_state(value=1.0):
-    params = {"dense": {"kernel": jnp.full((8, 4), value), "bias": jnp.arange(4.0)}}
+    params = {"dense": {"kernel": jnp.full((8, 4), float(value)), "bias": jnp.arange(4.0)}}
     opt_state = optax.adamw(1e-3).init(params)
     return State(jnp.int32(value), params, opt_state, jax.random.key(3))
 
@@ -244,3 +244,38 @@ def test_one_tree(tmp_path):
     truncate(largest_file(tmp_path / "refiner" / "tree"))
     with pytest.raises(checkpoint.CheckpointError, match=r"is damaged .* make it again"):
         checkpoint.load_tree(path, abstract(tree))
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    state = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
+    with checkpoint.Checkpoints(str(tmp_path), every=1) as checkpoints:
+        save(checkpoints, 1, state)
+    files = (tmp_path / "1" / "state").rglob("d/*")
+    largest = max(files, key=lambda path: path.stat().st_size)
+    whole, refused, rng = largest.read_bytes(), [], np.random.default_rng(0)
+    for _ in range(20):
+        flipped = bytearray(whole)
+        flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        largest.write_bytes(flipped)
+        with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+            try:
+                restored = checkpoints.restore(abstract(state)).state
+                np.testing.assert_array_equal(restored["kernel"], state["kernel"])
+            except checkpoint.CheckpointError as error:
+                refused.append(str(error))
+    assert len(refused) > 10 and all("is damaged" in line for line in refused)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint16", "bool"])
+def test_a_digest_changes_with_every_bit_and_not_with_the_mesh(dtype):
+    array = jax.random.bits(jax.random.key(0), (8, 6), np.uint8).astype(dtype)
+    wanted = digest.of_tree({"x": array})["x"]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(array, NamedSharding(mesh, PartitionSpec("data")))
+    assert digest.of_tree({"x": sharded})["x"] == wanted
+    raw = np.asarray(array).view(np.uint8).reshape(-1)
+    for i in range(0, raw.size, 5):
+        flipped = raw.copy()
+        flipped[i] ^= 1 if dtype == "bool" else 64
+        other = flipped.view(np.asarray(array).dtype).reshape(array.shape)
+        assert digest.of_tree({"x": other})["x"] != wanted

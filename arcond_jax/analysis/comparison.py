@@ -80,6 +80,10 @@ class Measured:
     refinement_share: float
     image_uint8: UInt8[np.ndarray, "n height width channels"]
 
+    def metrics(self) -> list[str]:
+        """Which of `METRICS` the cards have: large images have no distance of pixels."""
+        return [metric for metric in METRICS if metric in self.cards[0].measurements]
+
     def scores(self, metric: str) -> list[float]:
         """One value per seed: of a metric of the card, or of "drift", its mean over slots."""
         if metric == "drift":
@@ -124,7 +128,7 @@ class _Prepared:
         self._trained, self._config, self._label = trained, config, label
         self._refiner = refinement.calibrate(trained, config)
         self._drawer = drawing.Drawer(trained, config, trace=True)
-        jax.block_until_ready(self._drawer(self._refiner, label, seed=0))
+        self._drawer(self._refiner, label, seed=0)
         self._cards, self._milliseconds, self._images = [], [], []
         self._drift, self._drift_drawn = [], []
 
@@ -135,19 +139,19 @@ class _Prepared:
         ideal: tuple[Float[np.ndarray, "m l d"], Int[np.ndarray, " m"]],
     ) -> None:
         start = time.perf_counter()
-        image, sampled = jax.block_until_ready(self._drawer(self._refiner, self._label, seed=seed))
+        image_uint8, sampled = self._drawer(self._refiner, self._label, seed=seed)
         seconds = time.perf_counter() - start
         self._milliseconds.append(1e3 * seconds / len(self._label))
-        image_uint8 = images.image_to_uint8(np.asarray(image))
         self._images.append(image_uint8)
         self._cards.append(
             card.evaluate(
-                images.uint8_to_image(image_uint8),
+                images.Scaled(image_uint8),
                 self._label,
                 reference=reference,
                 settings=evaluating.provenance(self._trained, self._config, seed=seed),
             )
         )
+        assert sampled.cond is not None  # traced
         drawn, refined = (np.asarray(cond) for cond in sampled.cond)
         self._drift_drawn.append(_drift(drawn, self._label, ideal))
         unrefined = self._config.transport.kind == "none"
@@ -225,7 +229,8 @@ def table(
         difference = None
         if name != baseline:
             difference = difference_text(one, measured[baseline])
-        means = {metric: float(np.mean(one.scores(metric))) for metric in METRICS}
+        means = {metric: float(np.mean(one.scores(metric))) for metric in one.metrics()}
+        nearest = means.get("nearest_neighbour_ratio")
         rows.append(
             [
                 name,
@@ -234,11 +239,11 @@ def table(
                 means["frechet_distance"],
                 difference,
                 means["frechet_distance_train"],
-                means["frechet_distance_pixels"],
+                means.get("frechet_distance_pixels"),
                 means["precision"],
                 means["recall"],
                 means["class_accuracy"],
-                f"{means['nearest_neighbour_ratio']:.2f}",
+                None if nearest is None else f"{nearest:.2f}",
                 float(np.mean(one.drift)),
             ]
         )
@@ -261,7 +266,7 @@ def as_json(measured: Mapping[str, Measured]) -> dict[str, Any]:
     return {
         name: {
             "settings": dataclasses.asdict(one.cards[0].settings),
-            "metrics": {metric: one.scores(metric) for metric in METRICS},
+            "metrics": {metric: one.scores(metric) for metric in one.metrics()},
             "milliseconds_per_image": one.milliseconds,
             "drift_per_slot": np.mean(one.drift, axis=0).tolist(),
             "drift_per_slot_before_refinement": np.mean(one.drift_drawn, axis=0).tolist(),

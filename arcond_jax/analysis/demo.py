@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
-from arcond_jax import build, types
+from arcond_jax import atomic, build, types
 from arcond_jax.analysis import comparison, figures, report
 from arcond_jax.data import images
 from arcond_jax.evaluation import paired, samples
@@ -196,7 +196,7 @@ def main(workdir: epath.Path, *, num_seeds: int, overrides: Sequence[str]) -> bo
     )
     answers = [finding.answer(measured) for finding in FINDINGS]
     metrics = {"systems": comparison.as_json(measured), "findings": answers, "seeds": num_seeds}
-    (workdir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    atomic.write_text(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     pictures = draw_pictures(workdir, models["joint"], measured[SHOWN].image_uint8, label)
     tables = tables_of(measured, answers, num_seeds=num_seeds, num_images=len(label))
     _write_samples(workdir, config, measured[SHOWN], label)
@@ -245,7 +245,8 @@ def draw_pictures(
         "curves": figures.training_curves(rows),
     }
     for name, figure in pictures.items():
-        (workdir / f"{name}.png").write_bytes(figures.figure_png(figure))
+        with atomic.file(workdir / f"{name}.png") as file:
+            file.write(figures.figure_png(figure))
     return pictures | {"grid": grid}
 
 
@@ -357,7 +358,7 @@ def window_drafts(
     """
     config = build.changed(trained.config, {"sampling.drafts": "draw"})
     label = np.arange(config.data.num_classes, dtype=np.int32)
-    _, sampled = drawing.Drawer(trained, config)(refiners.Identity(), label, seed=seed)
+    sampled = drawing.Drawer(trained, config).sample(refiners.Identity(), label, seed=seed)
     drafts = np.asarray(sampled.drafts)
     position = np.arange(drafts.shape[1])
     decoded = []

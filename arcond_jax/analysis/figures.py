@@ -14,9 +14,14 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 from jaxtyping import Float, Int, UInt8
 
+from arcond_jax import atomic
+
 TEXT_WIDTH = 6.5  # inches: the text column of the report and of most papers
+TEXT_SIZE, TEXT_CELL = 12, 96  # pixels: height of a class name on a sheet, width of its cell
 RESOLUTION = 200  # pixels per inch of a saved figure
 
 # Okabe and Ito (2008): told apart by colour-blind readers. Their yellow is left out, too pale here.
@@ -92,30 +97,66 @@ def class_grid(
     per_class: int,
     upscale: int = 1,
     gap: int = 2,
+    names: Sequence[str] | None = None,
 ) -> UInt8[np.ndarray, "grid_height grid_width 4"]:
     """One row per class: its first `per_class` images, in the order given.
 
-    A class with fewer images leaves transparent cells. See `image_grid` for the rest.
+    A class with fewer images leaves transparent cells. With `names` of the classes, each row begins
+    with its own, cut to what fits. See `image_grid` for the rest.
     """
     rows = [
         image_grid(image_uint8[label == row], rows=1, columns=per_class, upscale=upscale, gap=gap)
         for row in range(num_classes)
     ]
+    if names is not None:
+        rows = [
+            np.concatenate([_written(name, len(row)), row], axis=1)
+            for name, row in zip(names, rows, strict=False)
+        ]
     spacer = np.zeros((gap, rows[0].shape[1], 4), np.uint8)
     return np.concatenate([part for row in rows for part in (row, spacer)][:-1])
+
+
+def _written(text: str, height: int) -> UInt8[np.ndarray, "height width 4"]:
+    """A word on transparent ground, in a size that fits the height."""
+    size = min(height, TEXT_SIZE)
+    picture = PIL.Image.new("RGBA", (TEXT_CELL, height))
+    font = PIL.ImageFont.load_default(size)
+    PIL.ImageDraw.Draw(picture).text((0, (height - size) // 2), text, (64, 64, 64, 255), font)
+    return np.array(picture)
 
 
 def png_bytes(picture: UInt8[np.ndarray, "height width channels"]) -> bytes:
     """Encodes RGB or RGBA as PNG, without time stamps: equal pictures give equal bytes."""
     buffer = io.BytesIO()
-    PIL.Image.fromarray(picture).save(buffer, "png", optimize=True)
+    PIL.Image.fromarray(picture).save(buffer, "png")
     return buffer.getvalue()
 
 
 def write_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "height width channels"]) -> None:
-    """Writes an RGB or RGBA picture; the name need not end in .png."""
-    with open(path, "wb") as file:
+    """Writes an RGB or RGBA picture, whole or not at all; the name need not end in .png."""
+    with atomic.file(path) as file:
         file.write(png_bytes(picture))
+
+
+def write_png_folder(
+    path: str | os.PathLike, image_uint8: UInt8[np.ndarray, "n height width channels"]
+) -> None:
+    """Writes a folder of 000000.png and so on, as pytorch-fid, clean-fid and torch-fidelity read.
+
+    It appears with all of its files or not at all.
+
+    Args:
+      path: Folder to make; an empty one may be there.
+      image_uint8: Grey (1 channel) or RGB (3 channels).
+
+    Raises:
+      OSError: It cannot be written, or is there and not empty.
+    """
+    with atomic.folder(path) as folder:
+        for index, image in enumerate(image_uint8):
+            picture = image[..., 0] if image.shape[-1] == 1 else image
+            PIL.Image.fromarray(picture).save(folder / f"{index:06d}.png")
 
 
 @matplotlib.rc_context(STYLE)

@@ -15,6 +15,7 @@ import matplotlib.figure
 import numpy as np
 from jaxtyping import UInt8
 
+from arcond_jax import atomic
 from arcond_jax.analysis import figures
 
 Cell = str | int | float | None
@@ -131,8 +132,7 @@ def write_report(
         f"<title>{html.escape(title)}</title>\n<style>{STYLESHEET}</style>\n</head>\n"
         "<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
     )
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(page)
+    atomic.write_text(path, page)
 
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:

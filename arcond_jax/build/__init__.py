@@ -43,6 +43,7 @@ from arcond_jax.build.training import (
     optimizer,
     train_state,
     train_step,
+    training_mesh,
 )
 from arcond_jax.config import Config, ConfigError
 
@@ -81,5 +82,6 @@ __all__ = [
     "tokens_of",
     "train_state",
     "train_step",
+    "training_mesh",
     "with_overrides",
 ]

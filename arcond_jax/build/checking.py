@@ -4,7 +4,7 @@ import difflib
 from typing import Any
 
 from arcond_jax import config as config_lib
-from arcond_jax.build import data, defaults, family, models, tokens, training, transport
+from arcond_jax.build import data, defaults, family, keys, models, tokens, training, transport
 from arcond_jax.config import Config, ConfigError
 
 
@@ -19,8 +19,8 @@ def check(config: Config) -> None:
                 if section not in config or name not in config[section]:
                     raise ConfigError(f"the config lacks {section}.{name}")
                 key.accept(f"{section}.{name}", config[section][name])
-        if type(config.seed) is not int or config.seed < 0:
-            raise ConfigError(f"seed {config.seed!r} must be a whole number, at least 0")
+        for name, key in defaults.APART.items():
+            key.accept(name, config.get(name))
         _check_together(config)
         # Building costs nothing and runs the checks of the parts themselves.
         training.optimizer(config)
@@ -49,7 +49,10 @@ def _check_together(config: Config) -> None:
         )
     for name, why in defaults.silent(config).items():
         value = config_lib.flat(config)[name]
-        raise ConfigError(f"{name} {value!r} does nothing while {why}: leave it out")
+        default = defaults.default_of(config, name)
+        raise ConfigError(
+            f"{name} {value!r} does nothing while {why}: leave it out, or set it to {default}"
+        )
     record.check(config)
     transport.check(config, models.conditions(config))
     rows, columns = tokens.grid(config)
@@ -70,15 +73,17 @@ def _check_windows(config: Config, length: int) -> None:
         )
 
 
-def key_of(config: Config, name: str, settings: dict[str, Any]) -> Any:
-    """The `keys.Key` of one `section.key`; None for `name` and `seed`.
+def key_of(config: Config, name: str, settings: dict[str, Any]) -> keys.Key:
+    """The `keys.Key` of one `section.key`, or of `name` or `seed`.
 
     Raises:
       ConfigError: The config has no such key, and why.
     """
     section, _, leaf = name.partition(".")
-    if name in ("name", "seed") or (section in settings and leaf in settings[section]):
-        return settings[section][leaf] if leaf else None
+    if name in defaults.APART:
+        return defaults.APART[name]
+    if section in settings and leaf in settings[section]:
+        return settings[section][leaf]
     raise ConfigError(f"unknown config key {name}: {_hint(config, name, settings)}")
 
 
@@ -99,7 +104,7 @@ def _hint(config: Config, name: str, settings: dict[str, Any]) -> str:
 def _owners(section: str, leaf: str) -> str:
     """The choices that bring a key, in words; empty if none does."""
     if section == "tensorar" and leaf in family.TENSORAR:
-        return "configs of windows"
+        return "configs of windows (digits:tensorar is one)"
     chosen = {
         "tokenizer": ("tokenizer", tokens.TOKENIZERS),
         "data": ("data", data.DATA),
@@ -111,8 +116,10 @@ def _owners(section: str, leaf: str) -> str:
         if names:
             return f"{word} {', '.join(names)}"
     names = [x for x, record in models.FAMILIES.items() if leaf in record.sections.get(section, {})]
-    if leaf in family.DRAFTS | family.STRIDE and section == "sampling":
-        return "configs of windows"
+    if section == "sampling" and leaf in family.DRAFTS:
+        return "configs of windows (digits:tensorar is one)"
+    if section == "sampling" and leaf in family.STRIDE:
+        return "configs of windows over codes alone (digits:tensorar is one)"
     return f"model {', '.join(names)}" if names else ""
 
 

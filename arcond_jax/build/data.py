@@ -1,6 +1,7 @@
 """Images to train on and to compare with."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 
 from arcond_jax.build import keys
@@ -33,7 +34,9 @@ def _folder(config: Config, split: str) -> pipeline.Source:
     data = config.data
     if data.directory is None:
         raise ConfigError("data.directory is not set: give the folder that holds the images")
-    return folder.ImageFolder(data.directory, split, image_size=data.image_size)
+    return folder.ImageFolder(
+        pathlib.Path(data.directory).expanduser(), split, image_size=data.image_size
+    )
 
 
 DATA: Mapping[str, Data] = {

@@ -45,7 +45,8 @@ CHOICES = {
     "transport.kind": "transport",
 }
 OF_NOISE = ("tensorar.noise", "tensorar.noise_schedule", "tensorar.nested")
-APART = {"name": "", "seed": 0}  # settings in no section
+# Settings in no section. A key of JAX is made of 32 bits.
+APART = {"name": keys.text(""), "seed": keys.integer(0, low=0, high=2**32 - 1)}
 NAMES = ("name", "kind")  # of settings that a choice has made already
 LATER = ("data.name", "transport.kind")  # those that may be changed in a config that is there
 
@@ -110,15 +111,24 @@ def choices_of(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     values = {}
     for name, choice in CHOICES.items():
         section, key = name.split(".")
+        if section in config and not isinstance(config[section], Mapping | Config):
+            raise ConfigError(f"config key {section} must be a section, not {config[section]!r}")
         if section not in config or key not in config[section]:
             raise ConfigError(f"the config lacks {name}")
-        values[choice] = config[section][key]
+        values[choice] = chosen(name, config[section][key])
     return values | {"windows": "tensorar" in config}
+
+
+def chosen(name: str, value: Any) -> str:
+    """The value of a choice; raises ConfigError if it is no word."""
+    if not isinstance(value, str):
+        raise ConfigError(f"config key {name} wants str, not {str(value)!r}")
+    return value
 
 
 def filled(values: Config | Mapping[str, Any], **choices: Any) -> Config:
     """A config of the given choices: its defaults, and over them what is there of `values`."""
-    made: dict[str, Any] = {name: values.get(name, default) for name, default in APART.items()}
+    made: dict[str, Any] = {name: values.get(name, key.default) for name, key in APART.items()}
     for section, settings in sections(**choices).items():
         given = values.get(section, {})
         made[section] = {
@@ -126,6 +136,12 @@ def filled(values: Config | Mapping[str, Any], **choices: Any) -> Config:
             for name, key in settings.items()
         }
     return config_lib.made_of(made)
+
+
+def default_of(config: Config, name: str) -> Any:
+    """The default of a `section.key`."""
+    section, key = name.split(".")
+    return sections(**choices_of(config))[section][key].default
 
 
 def silent(config: Config) -> dict[str, str]:

@@ -60,6 +60,8 @@ class Family:
       official: Its official weights; None where nobody else has such models.
       prompts: "classes" or "captions".
       keeps_tokens: Whether its sampler can keep given tokens.
+      num_prefix: Rows before those of the grid in its tables of positions; None: all that are not
+        the grid's.
       check: Raises ValueError for settings that do not go together.
     """
 
@@ -73,6 +75,7 @@ class Family:
     official: official_lib.Official | None = None
     prompts: str = "classes"
     keeps_tokens: bool = False
+    num_prefix: int | None = None
     check: Callable[[Config], None] = lambda config: None
 
 
@@ -254,3 +257,20 @@ def check_heads(config: Config) -> None:
     width, num_heads = config.model.width, config.model.num_heads
     if width % num_heads:
         raise ConfigError(f"model.width {width} is not divisible by model.num_heads {num_heads}")
+
+
+def check_gpt(config: Config) -> None:
+    """Raises ConfigError if the width or the heads of the settings `GPT` do not divide."""
+    check_heads(config)
+    model = config.model
+    if model.width // model.num_heads % 4:
+        raise ConfigError(
+            f"model.width {model.width} over model.num_heads {model.num_heads} is "
+            f"{model.width // model.num_heads}: rotary positions in rows and columns need a "
+            "multiple of 4"
+        )
+    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"model.num_heads {model.num_heads} is not divisible by model.num_kv_heads "
+            f"{model.num_kv_heads}"
+        )

@@ -35,6 +35,8 @@ class Key:
         """The value, of the right type; raises ValueError, naming the setting, if it cannot be."""
         if value is None and self.optional:
             return None
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} has more than 64 bits")
         if self.kind is float and type(value) is int:
             value = float(value)
         if self.kind is tuple and isinstance(value, list):
@@ -44,7 +46,7 @@ class Key:
             raise ValueError(f"config key {name} wants {wanted}, not {str(value)!r}")
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{name} {value!r} is not one of {', '.join(map(str, self.choices))}")
-        if self.kind is tuple and not all(type(x) is int and x >= 1 for x in value or (None,)):
+        if self.kind is tuple and not _are_counts(value):
             raise ValueError(f"{name} {value} must hold whole numbers of at least 1")
         if self.kind in (int, float) and not self._inside(value):
             raise ValueError(f"{name} {value} must be {self._range()}")
@@ -66,8 +68,16 @@ class Key:
             "at most": self.high,
             "below": self.below,
         }
-        words = [f"{word} {x:g}" for word, x in bounds.items() if x is not None]
+        words = [
+            f"{word} {x if self.kind is int else f'{x:g}'}"
+            for word, x in bounds.items()
+            if x is not None
+        ]
         return " and ".join(words) or "finite"
+
+
+def _are_counts(values: Any) -> bool:
+    return len(values) > 0 and all(type(x) is int and x >= 1 for x in values)
 
 
 Section = Mapping[str, Key]

@@ -43,7 +43,7 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
                 f"config key {name} cannot be changed: it decides what else there is, so take "
                 "another config"
             )
-        choices[defaults.CHOICES[name]] = settings[name]
+        choices[defaults.CHOICES[name]] = defaults.chosen(name, settings[name])
     made, there = defaults.filled(config, **choices), defaults.sections(**choices)
     for name, value in settings.items():
         if name not in defaults.CHOICES:
@@ -54,11 +54,8 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
 
 def _assign(config: Config, name: str, value: Any, there: dict[str, Any]) -> None:
     key = checking.key_of(config, name, there)
-    if key is None:
-        config[name] = value
-        return
-    section, _, leaf = name.partition(".")
+    section, _, leaf = name.rpartition(".")
     try:
-        config[section][leaf] = key.accept(name, value)
+        (config[section] if section else config)[leaf] = key.accept(name, value)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -114,11 +114,12 @@ def refiner_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 # Trees of version 1. Parameters, their average and the optimizer's moments hold the same names.
 
 
-def state_in_version_1(abstract: Any, config: Config) -> Any:
+def state_in_version_1(abstract: Any, config: Config, *, bank: Any) -> dict[str, Any]:
     """What a train state looked like in version 1, to restore into.
 
     Args:
       abstract: Shapes of today's, with their places on a mesh.
+      bank: Shapes of the bank that lay in it.
     """
 
     def with_pad(model: dict[str, Any]) -> dict[str, Any]:
@@ -130,11 +131,13 @@ def state_in_version_1(abstract: Any, config: Config) -> Any:
         windows = {"window_encoder": encoder} if encoder else {}
         return model | {"code_embed": {"table": table}} | windows
 
-    return _in_each_model(abstract, with_pad, config)
+    fields = {x.name: getattr(abstract, x.name) for x in dataclasses.fields(abstract)}
+    return _in_each_model(fields, with_pad, config) | {"bank": bank}
 
 
-def state_from_version_1(state: Any, abstract: Any, config: Config) -> Any:
+def state_from_version_1(state: dict[str, Any], abstract: Any, config: Config) -> Any:
     """A state restored into `state_in_version_1`, as it is today; leaves may be missing (`...`)."""
+    state = {name: x for name, x in state.items() if name != "bank"}
 
     def without_pad(model: dict[str, Any]) -> dict[str, Any]:
         table = model["code_embed"]["table"]
@@ -144,7 +147,7 @@ def state_from_version_1(state: Any, abstract: Any, config: Config) -> Any:
             windows = {"window_encoder": model["window_encoder"] | {"pad": pad}}
         return model | {"code_embed": {"table": kept}} | windows
 
-    state = _in_each_model(state, without_pad, config)
+    state = type(abstract)(**_in_each_model(state, without_pad, config))
     return jax.tree.map(
         lambda x, to: x if x is ... else jax.device_put(x, to.sharding), state, abstract
     )

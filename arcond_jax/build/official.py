@@ -17,6 +17,8 @@ class Official:
       configs: Shipped configs of the released sizes.
       rows: The table of names for a network.
       ema, raw: Entries of a checkpoint under which the averaged and the last weights lie.
+      container: Entries of a PyTorch file under which the official code looks for the weights, to
+        export them; none where it reads a bare state dict.
       ignored: Prefixes of names that are no weights of the model.
       averaged: Picks the averages from a state dict that holds both kinds of weights.
       pixels: Edge of the images that weights are for, by the name of their file and the weights,
@@ -29,6 +31,7 @@ class Official:
     rows: Callable[[Any], list[table.Row]]
     ema: tuple[str, ...] = ("model", "state_dict")
     raw: tuple[str, ...] = ("model", "state_dict")
+    container: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     averaged: Callable[[list[table.Row], table.StateDict], table.StateDict] | None = None
     pixels: Callable[[str, table.StateDict], int | None] = lambda stem, state: None

@@ -1,18 +1,28 @@
 """Configs as checkpoints hold them, and the trees beside them, of this version and earlier ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arcond_jax import config as config_lib
-from arcond_jax.build import defaults, migration
+from arcond_jax.build import defaults, migration, training
 from arcond_jax.config import Config, ConfigError
 
 VERSION = 2
 
 
-def dump(config: Config) -> dict[str, Any]:
-    """The config as plain JSON, with the version of its layout."""
-    return {"version": VERSION} | config.to_dict()
+APART = ("version", "class_names")  # what is saved beside the settings
+
+
+def dump(config: Config, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The config as plain JSON, with the version of its layout and the names of the labels."""
+    names = {} if class_names is None else {"class_names": list(class_names)}
+    return {"version": VERSION} | names | config.to_dict()
+
+
+def class_names(saved: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names of the labels that `dump` was given; None where it was not."""
+    names = saved.get("class_names")
+    return None if names is None else tuple(names)
 
 
 def load(saved: Mapping[str, Any]) -> Config:
@@ -30,7 +40,7 @@ def load(saved: Mapping[str, Any]) -> Config:
         for name in defaults.silent(config):
             del values[name.split(".")[0]][name.split(".")[1]]  # accepted then, refused now
         return defaults.filled(values, **defaults.choices_of(values))
-    values = {name: x for name, x in saved.items() if name != "version"}
+    values = {name: x for name, x in saved.items() if name not in APART}
     config = defaults.filled(values, **defaults.choices_of(values))
     unknown = sorted(config_lib.flat(values).keys() - config_lib.flat(config).keys())
     if unknown:
@@ -45,9 +55,14 @@ def trees_then(
     if _version(saved) > 1:
         return state, tokenizer
     return (
-        migration.state_in_version_1(state, config),
+        migration.state_in_version_1(state, config, bank=training.empty_bank(load(saved))),
         migration.tokenizer_in_version_1(tokenizer, saved),
     )
+
+
+def dropped(saved: Mapping[str, Any]) -> tuple[str, ...]:
+    """Branches of a saved train state that are not read any more."""
+    return ("bank",) if _version(saved) == 1 else ()
 
 
 def trees_now(

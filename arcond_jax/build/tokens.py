@@ -100,7 +100,7 @@ TOKENIZERS: Mapping[str, Tokenizer] = {
         _kl,
         kl.KLAutoencoder,
         official=official_lib.Official(
-            "kl16", ("tokenizers:kl16",), kl16.rows, ignored=kl16.IGNORED
+            "kl16", ("tokenizers:kl16",), kl16.rows, container=("model",), ignored=kl16.IGNORED
         ),
     ),
     "vq": Tokenizer(
@@ -114,7 +114,11 @@ TOKENIZERS: Mapping[str, Tokenizer] = {
         _coded,
         vq.VQAutoencoder,
         official=official_lib.Official(
-            "vq", ("tokenizers:vq16", "tokenizers:vq8"), vq16.rows, ignored=vq16.IGNORED
+            "vq",
+            ("tokenizers:vq16", "tokenizers:vq8"),
+            vq16.rows,
+            container=("model",),
+            ignored=vq16.IGNORED,
         ),
     ),
     "maskgit_vq": Tokenizer(
@@ -135,6 +139,7 @@ TOKENIZERS: Mapping[str, Tokenizer] = {
             "lfq",
             ("tokenizers:lfq256", "tokenizers:lfq128"),
             lfq_table.rows,
+            container=("state_dict",),
             ignored=lfq_table.IGNORED,
             averaged=lfq_table.averaged,
         ),
@@ -223,9 +228,38 @@ def load_weights(directory: str, abstract: types.Params) -> types.Params:
     """Parameters that `arcond convert` wrote, on every device.
 
     Raises:
-      checkpoint.CheckpointError: None there, damaged, or of another model.
+      checkpoint.CheckpointError: None there, damaged, not finite, or of another model.
     """
-    return checkpoint.load_tree(f"{directory}/{WEIGHTS}", {"params": abstract})["params"]
+    params = checkpoint.load_tree(f"{directory}/{WEIGHTS}", {"params": abstract})["params"]
+    check_finite(params, directory)
+    return params
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def check_finite(params: types.Params, where: str) -> None:
+    """Weights with a NaN would draw the same picture for every image, without an error.
+
+    Args:
+      params: Any tree of arrays, in any places.
+      where: They were read from, for the message.
+
+    Raises:
+      checkpoint.CheckpointError: One is not finite; names the first.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    finite = jax.device_get(_finite([leaf for _, leaf in leaves]))
+    broken = [path for (path, _), ok in zip(leaves, finite, strict=True) if not ok]
+    if broken:
+        name = jax.tree_util.keystr(broken[0], simple=True, separator="/")
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise checkpoint.CheckpointError(
+            f"{where} holds weights that are not finite, in {name}{more}: the training diverged, "
+            "or the weights were damaged before they were converted; take others"
+        )
 
 
 def tokens_of(

@@ -21,12 +21,21 @@ def mesh(config: Config) -> Mesh:
     """The mesh over all devices.
 
     Raises:
-      ConfigError: too few devices for it, or a batch that cannot be spread over it.
+      ConfigError: too few devices for it.
     """
     try:
-        made = mesh_lib.make_mesh(**config.mesh)
+        return mesh_lib.make_mesh(**config.mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def training_mesh(config: Config) -> Mesh:
+    """The same, for training: what else a run does takes batches of any size.
+
+    Raises:
+      ConfigError: too few devices for it, or a batch that cannot be spread over it.
+    """
+    made = mesh(config)
     shards = mesh_lib.num_batch_shards(made) * config.training.num_accumulations
     if config.data.batch_size % shards:
         raise ConfigError(
@@ -76,7 +85,7 @@ def abstract_params(config: Config) -> types.Params:
 def abstract_state(config: Config) -> state_lib.TrainState:
     """Shapes and axis names of the train state."""
     update, _ = optimizer(config)
-    return state_lib.abstract(models.generator(config), update, lambda: empty_bank(config))
+    return state_lib.abstract(models.generator(config), update)
 
 
 def train_state(config: Config, on: Mesh) -> state_lib.TrainState:
@@ -85,7 +94,6 @@ def train_state(config: Config, on: Mesh) -> state_lib.TrainState:
     return state_lib.create(
         models.generator(config),
         update,
-        lambda: empty_bank(config),
         seed=config.seed,
         mesh=on,
     )

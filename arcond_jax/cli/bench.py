@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 
-from arcond_jax import benchmark, build
+from arcond_jax import atomic, benchmark, build
 from arcond_jax.analysis import report
 from arcond_jax.cli import paths
 
@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        atomic.check(args.out)
     config = build.load_config(args.config, args.overrides)
     configs = {config.name: config}
     for setting in args.against:
@@ -72,4 +74,5 @@ def main(args: argparse.Namespace) -> None:
     header += ["GFLOP", "GFLOP/s", "GB", "GB/s"]
     print(report.table_text(header, rows))
     if args.out is not None:
-        args.out.write_text(json.dumps([dataclasses.asdict(t) for t in timings], indent=2) + "\n")
+        text = json.dumps([dataclasses.asdict(t) for t in timings], indent=2)
+        atomic.write_text(args.out, text + "\n")

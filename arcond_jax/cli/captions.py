@@ -4,7 +4,7 @@ import argparse
 
 import numpy as np
 
-from arcond_jax import build
+from arcond_jax import atomic
 from arcond_jax.cli import paths
 from arcond_jax.convert import captions
 from arcond_jax.evaluation import npz
@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if not args.out.absolute().parent.is_dir():
-        raise build.ConfigError(f"the folder of {args.out} does not exist: create it first")
+    atomic.check(args.out)
     embedding, valid = captions.encode(args.text, model=args.model)
     npz.write(args.out, {"embedding": embedding, "valid": valid, "text": np.array(args.text)})
     print(f"{len(args.text)} captions: {args.out}")

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from arcond_jax import build
+from arcond_jax import atomic, build
 from arcond_jax.analysis import comparison, report
 from arcond_jax.cli import paths
 from arcond_jax.run import evaluating, restoring
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     if args.num_seeds < 2:
         raise build.ConfigError("--num_seeds must be at least 2: one seed has no standard error")
+    out = args.out or args.checkpoint / "comparison.json"
     config = restoring.config_for(args.checkpoint, None, args.overrides)
+    atomic.check(out)
     trained = restoring.restore(args.checkpoint, config=config)
     systems = [
         comparison.System(name, "model", comparison.settings(config, overrides))
@@ -53,6 +55,5 @@ def main(args: argparse.Namespace) -> None:
     )
     header, rows = comparison.table(measured, baseline=systems[0].name)
     print(report.table_text(header, rows))
-    out = args.out or args.checkpoint / "comparison.json"
-    out.write_text(json.dumps(comparison.as_json(measured), indent=2) + "\n")
+    atomic.write_text(out, json.dumps(comparison.as_json(measured), indent=2) + "\n")
     print(f"written: {out}")

@@ -14,13 +14,19 @@ EPILOG = """examples:
   arcond sample --checkpoint weights/mar --label 207 --num_images 4 --out dogs.npz
 
 The size is recognised by its shapes, and the official sampling preset becomes the default of
-`arcond sample`. Files are read without running anything in them. PyTorch's own formats need
-`pip install 'arcond_jax[convert]'`; .safetensors needs nothing."""
+`arcond sample`. Files are told by their content and read without running anything in them;
+shards are given by their index file or their folder. PyTorch's own formats need `pip install
+'arcond_jax[convert]'`; safetensors needs nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", required=True, choices=sorted(converting.formats()))
-    parser.add_argument("--source", required=True, type=paths.file, help="official checkpoint")
+    parser.add_argument(
+        "--source",
+        required=True,
+        type=paths.file,
+        help="file, index or folder of weights",
+    )
     parser.add_argument("--out", required=True, type=paths.folder, help="folder to write")
     parser.add_argument("--tokenizer", type=paths.folder, help="folder of the converted tokenizer")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")

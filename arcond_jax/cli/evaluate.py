@@ -1,7 +1,9 @@
 """`arcond evaluate`: the evaluation card of a file of samples."""
 
 import argparse
+import logging
 
+from arcond_jax import atomic
 from arcond_jax.cli import paths
 from arcond_jax.data import images
 from arcond_jax.evaluation import card, samples
@@ -11,24 +13,31 @@ EPILOG = """examples:
   arcond evaluate --samples samples.npz --checkpoint runs/digits
 
 Features come from a small classifier kept in the workdir (trained there the first time). The card
-is printed, and written as JSON beside the samples."""
+is printed, and written as JSON beside the samples or to --out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", required=True, type=paths.file, help="from arcond sample")
     parser.add_argument("--checkpoint", required=True, type=paths.folder, help="a workdir")
+    parser.add_argument("--out", type=paths.file, help="default: .card.json beside the samples")
 
 
 def main(args: argparse.Namespace) -> None:
     drawn = samples.read_samples(args.samples)
+    settings = card.settings_of(drawn.metadata)
     config = restoring.config_for(args.checkpoint, None, args.overrides)
+    evaluating.check_samples(drawn, config)
+    path = args.out or args.samples.with_suffix(".card.json")
+    try:
+        atomic.check(path)
+    except OSError as error:
+        logging.warning("%s; the card will only be printed", error)
     result = card.evaluate(
-        images.uint8_to_image(drawn.image_uint8),
+        images.Scaled(drawn.image_uint8),
         drawn.label,
         reference=evaluating.reference(config, args.checkpoint),
-        settings=card.settings_of(drawn.metadata),
+        settings=settings,
     )
-    path = args.samples.with_suffix(".card.json")
-    path.write_text(result.as_json() + "\n")
-    print(result.as_text())
+    print(result.as_text(), flush=True)
+    atomic.write_text(path, result.as_json() + "\n")
     print(f"written: {path}")

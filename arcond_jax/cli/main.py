@@ -1,38 +1,26 @@
 """`arcond <command>`: one file a command; errors of the user end in one line and exit code 2."""
 
 import argparse
+import ast
+import importlib
 import logging
 import sys
+from importlib import resources
+from types import ModuleType
 
-from arcond_jax import build, checkpoint
-from arcond_jax.cli import (
-    bench,
-    calibrate,
-    captions,
-    compare,
-    config,
-    convert,
-    demo,
-    evaluate,
-    export,
-    sample,
-    train,
+COMMANDS = (
+    "demo",
+    "config",
+    "train",
+    "calibrate",
+    "captions",
+    "sample",
+    "evaluate",
+    "compare",
+    "convert",
+    "export",
+    "bench",
 )
-from arcond_jax.training import loop
-
-COMMANDS = {
-    "demo": demo,
-    "config": config,
-    "train": train,
-    "calibrate": calibrate,
-    "captions": captions,
-    "sample": sample,
-    "evaluate": evaluate,
-    "compare": compare,
-    "convert": convert,
-    "export": export,
-    "bench": bench,
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,43 +28,51 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     prefix = "--config."
     overrides = [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
-    args = _parser().parse_args([a for a in argv if not a.startswith(prefix)])
+    rest = [a for a in argv if not a.startswith(prefix)]
+    args = _parser(rest).parse_args(rest)
     args.overrides = overrides
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        COMMANDS[args.command].main(args)
-    except (
-        build.ConfigError,
-        checkpoint.CheckpointError,
-        loop.DivergedError,
-        ImportError,  # of what only some need: to read a bucket, say
-        ValueError,
-        OSError,
-    ) as error:
-        print(f"arcond {args.command}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    # Here, so that the help of a command waits for nothing that it does not show.
+    from arcond_jax.cli import compilation, failing
+
+    compilation.keep()
+    return failing.guarded(args.command, lambda: module_of(args.command).main(args))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    """Knows the flags of the command at hand and what the others do: no other is imported."""
     parser = argparse.ArgumentParser(
         prog="arcond", description="Autoregressive image generation in JAX."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").partition(": ")[2].strip()
+    chosen = next((a for a in argv if not a.startswith("-")), None)
+    for name in COMMANDS:
+        summary = _summary(name)
         command = subparsers.add_parser(
             name,
             help=summary,
             description=summary,
-            epilog=module.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(command)
+        if name == chosen:
+            module = module_of(name)
+            command.epilog = module.EPILOG
+            module.add_arguments(command)
     return parser
+
+
+def module_of(name: str) -> ModuleType:
+    """The file of a command."""
+    return importlib.import_module(f"arcond_jax.cli.{name}")
+
+
+def _summary(name: str) -> str:
+    """What the docstring of a command says, read without importing it."""
+    source = resources.files("arcond_jax.cli").joinpath(f"{name}.py").read_text("utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition(": ")[2]
 
 
 if __name__ == "__main__":

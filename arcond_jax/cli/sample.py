@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
-from arcond_jax import build
+from arcond_jax import atomic, build
 from arcond_jax.analysis import figures
 from arcond_jax.cli import paths
 from arcond_jax.data import class_names, images
@@ -20,12 +22,19 @@ EPILOG = """examples:
   arcond sample --checkpoint runs/digits --config.transport.kind=none --out plain.npz
   arcond sample --checkpoint weights/mar --class_name "golden retriever" --out dogs.npz
   arcond sample --checkpoint weights/t2i --captions captions.npz --out drawn.npz
+  arcond sample --checkpoint weights/mar --num_images 50000 --out adm.npz --png_dir images
   arcond sample --checkpoint weights/mar --inpaint dog.png --mask mask.png --out dogs.npz
 
 Refinement is on if the config's transport.kind is not "none"; it needs `arcond calibrate` first.
 Without --label or --class_name the classes take turns, and so do captions (LlamaGen from
 text), which `arcond captions` encodes: a label is the number of one. --inpaint keeps the
-tokens of an image whose pixels are all black in --mask and draws the others (MAR)."""
+tokens of an image whose pixels are all black in --mask and draws the others (MAR).
+Without --batch_size up to 1000 images are drawn at once, and fewer where that would take more
+than half of the memory that the weights leave. An image depends on the seed and its number, not
+on the batch.
+
+The images are the array arr_0 (uint8, NHWC) of --out, as the evaluator of ADM (guided-diffusion)
+reads them; pytorch-fid, clean-fid and torch-fidelity read the folder of --png_dir."""
 
 NUM_IMAGES = 100
 
@@ -36,33 +45,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_images", type=int, help=f"default: {NUM_IMAGES}, or one of each caption"
     )
-    parser.add_argument("--batch_size", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, help="default: as memory allows")
     one_class = parser.add_mutually_exclusive_group()
     one_class.add_argument("--label", type=int, help="one class for all images")
-    one_class.add_argument("--class_name", "--class-name", help="the same by its ImageNet name")
+    one_class.add_argument("--class_name", "--class-name", help="the same by its name")
     parser.add_argument("--captions", type=paths.file, help=".npz of encoded captions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, type=paths.file, help=".npz to write")
     parser.add_argument("--inpaint", type=paths.file, help="image to keep a part of")
     parser.add_argument("--mask", type=paths.file, help="its mask: white is drawn anew")
     parser.add_argument("--png", type=paths.file, help="also write a sheet of the images")
+    parser.add_argument(
+        "--png_dir", type=paths.file, help="new folder: also write each image, 000000.png and so on"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
-    if (args.num_images is not None and args.num_images < 1) or args.batch_size < 1:
+    if any(x is not None and x < 1 for x in (args.num_images, args.batch_size)):
         raise build.ConfigError("--num_images and --batch_size must be at least 1")
     for path in (args.out, args.png):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise build.ConfigError(f"the folder of {path} does not exist: create it first")
+        if path is not None:
+            atomic.check(path)
+    if args.png_dir is not None and args.png_dir.exists() and not _is_empty(args.png_dir):
+        raise build.ConfigError(f"--png_dir {args.png_dir} is there already: give a new folder")
     if (args.inpaint is None) != (args.mask is None):
         raise build.ConfigError("--inpaint and --mask go together: give both or none")
+    drawing.check_seed(args.seed)
     config = restoring.config_for(args.checkpoint, args.config, args.overrides)
     captions = _captions(args, config)
     count = config.data.num_classes if captions is None else len(captions.valid)
-    label = _labels(args, count)
+    names = restoring.class_names_of(args.checkpoint) if captions is None else None
+    label = _labels(args, count, names)
     drawing.check_labels(label, count)
 
     trained = restoring.restore(args.checkpoint, config=config)
+    config = trained.config
     settings = evaluating.provenance(trained, config, seed=args.seed)
     if captions is not None:
         sampling = {**settings.sampling, "captions": args.captions.name}
@@ -74,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         refiner,
         captions_lib.prompt_of(label, captions),
         seed=args.seed,
-        batch_size=min(args.batch_size, len(label)),
+        batch_size=args.batch_size and min(args.batch_size, len(label)),
         known=known,
     )
     samples.write_samples(
@@ -82,13 +99,20 @@ def main(args: argparse.Namespace) -> None:
         image_uint8,
         label.astype(np.int32),
         num_classes=count,
+        label_names=names,
         **dataclasses.asdict(settings),
     )
     if args.png is not None:
         columns = min(10, len(label))
         sheet = figures.image_grid(image_uint8, rows=-(-len(label) // columns), columns=columns)
         figures.write_png(args.png, sheet)
+    if args.png_dir is not None:
+        figures.write_png_folder(args.png_dir, image_uint8)
     print(f"{len(label)} images: {args.out}")
+
+
+def _is_empty(folder: pathlib.Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _known(args: argparse.Namespace, trained: restoring.Trained) -> mar.Known | None:
@@ -116,20 +140,15 @@ def _captions(args: argparse.Namespace, config: build.Config) -> captions_lib.Ca
     return captions_lib.read(args.captions, config)
 
 
-def _labels(args: argparse.Namespace, count: int) -> np.ndarray:
+def _labels(args: argparse.Namespace, count: int, names: Sequence[str] | None) -> np.ndarray:
     num_images = args.num_images
     if num_images is None:
         num_images = NUM_IMAGES if args.captions is None else count
     chosen = args.label
     if args.class_name is not None:
-        chosen = _named_label(args.class_name, count)
+        if names is None:
+            raise build.ConfigError(
+                f"{args.checkpoint} does not say what its classes are called: use --label"
+            )
+        chosen = class_names.label_of(args.class_name, names)
     return np.arange(num_images) % count if chosen is None else np.full(num_images, chosen)
-
-
-def _named_label(class_name: str, count: int) -> int:
-    if count != class_names.NUM_CLASSES:
-        raise build.ConfigError(
-            f"--class_name knows the {class_names.NUM_CLASSES} classes of ImageNet, and this model "
-            f"has {count}: use --label"
-        )
-    return class_names.label_of(class_name, class_names.imagenet())

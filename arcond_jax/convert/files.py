@@ -6,75 +6,140 @@ refuses the rest. This module is the only door to torch and safetensors.
 """
 
 import argparse
+import contextlib
 import hashlib
 import pathlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from arcond_jax.convert import table
+from arcond_jax.convert import contents, shards, table
 
 BLOCK_BYTES = 1 << 20  # read at a time while hashing
+MAX_NAME = 500  # characters in the name of a tensor
+# What PyTorch puts into names: DataParallel, DDP and DeepSpeed; compile; FSDP; checkpointing.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def load_state(
-    path: pathlib.Path,
+    source: pathlib.Path,
     *,
     containers: Sequence[str] = (),
     others: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """The state dict of a `.safetensors` file, or of any of PyTorch's (.pth .pt .ckpt .bin).
+    """The state dict of official weights, floats as float32, without the names of `WRAPPERS`.
+
+    Files are told by their content: safetensors, or what `torch.save` writes.
 
     Args:
+      source: A file, the index of shards beside it, or a folder with one of these.
       containers: Entries under which the state dict may lie; the file may also be the state dict
         itself.
       others: Entries that hold other weights of the same model: then `containers` must be there.
 
     Raises:
-      table.ConvertError: No such file, damaged, with code in it, or without a state dict.
+      table.ConvertError: Nothing there, damaged, with code in it, or without a state dict.
     """
-    if not path.is_file():
-        raise table.ConvertError(f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        return _safetensors(path)
-    return _state_dict(_unpickled(path), path, containers, others)
+    found = shards.find(source)
+    state: dict[str, np.ndarray] = {}
+    for path in shards.files_of(found):
+        if contents.weights_format(path) == "safetensors":
+            part = _safetensors(path)
+        else:
+            part = _state_dict(_unpickled(path), path, containers, others)
+        twice = sorted(state.keys() & part)
+        if twice:
+            raise table.ConvertError(f"{path} holds {twice[0]}, which an earlier shard holds too")
+        state |= part
+    if shards.is_index(found):
+        apart = sorted(state.keys() ^ shards.weight_map(found))
+        if apart:
+            where = "in no shard" if apart[0] not in state else "not in the index"
+            raise table.ConvertError(f"{found} and its shards differ: {apart[0]!r} is {where}")
+    return _unwrapped(state, found)
 
 
-def save_state(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict for PyTorch: `.safetensors`, or `.pth` where torch is installed.
+def save_state(
+    path: pathlib.Path, state: Mapping[str, np.ndarray], *, containers: Sequence[str] = ()
+) -> None:
+    """Writes a state dict for PyTorch; whole, or not at all.
+
+    Args:
+      path: Ends in `.safetensors`, or, where torch is installed, in one of PyTorch's endings.
+      containers: Entries of PyTorch's file under each of which the state dict lies; none for the
+        state dict itself, as it always is in safetensors.
 
     Raises:
-      table.ConvertError: The ending is neither.
+      table.ConvertError: The ending is another, or the file cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".safetensors":
-        safetensors.numpy.save_file(dict(state), partial)
-    elif path.suffix in (".pth", ".pt"):
+    check_target(path)
+    with _whole(path) as partial:
+        if path.suffix.lower() == ".safetensors":
+            safetensors.numpy.save_file(dict(state), partial)
+            return
         torch = _torch(path)
-        torch.save({name: torch.from_numpy(x.copy()) for name, x in state.items()}, partial)
-    else:
-        raise table.ConvertError(f"{path}: the ending must be .safetensors, .pth or .pt")
-    partial.replace(path)
+        tensors = {name: torch.from_numpy(x.copy()) for name, x in state.items()}
+        torch.save(dict.fromkeys(containers, tensors) or tensors, partial)
 
 
-def digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file."""
+def check_target(path: pathlib.Path) -> None:
+    """Whether `save_state` can write there, to know it before the work.
+
+    Raises:
+      table.ConvertError: Another ending, no such folder, or torch is needed and not installed.
+    """
+    ending = path.suffix.lower()
+    if ending not in shards.ENDINGS:
+        raise table.ConvertError(f"{path}: the ending must be one of {' '.join(shards.ENDINGS)}")
+    if path.is_dir():
+        raise table.ConvertError(f"{path} is a folder: give the name of a file")
+    if not path.parent.is_dir():
+        raise table.ConvertError(f"{path.parent} does not exist: make the folder first")
+    if ending != ".safetensors":
+        _torch(path)
+
+
+def digest(paths: Sequence[pathlib.Path]) -> str:
+    """SHA-256 of a file, or of several as if they were one, in their order."""
     hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            hasher.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                hasher.update(block)
     return hasher.hexdigest()
+
+
+@contextlib.contextmanager
+def _whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path beside another that takes its place once it is written, and is gone if it is not."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise table.ConvertError(f"writing {path} failed ({_first_line(error)})") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        state = safetensors.numpy.load_file(path)
+    except AttributeError:  # numpy has no such type
+        raise table.ConvertError(
+            f"{path} holds numbers of 8 bits or fewer, which mean nothing without their scales: "
+            "take the weights in float32, float16 or bfloat16"
+        ) from None
+    except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
         raise table.ConvertError(f"{path} is damaged ({_first_line(error)})") from None
+    for name in state:
+        _check_name(name, path)
+    return {name: _float32(array) for name, array in state.items()}
 
 
 def _torch(path: pathlib.Path) -> Any:
@@ -90,12 +155,14 @@ def _torch(path: pathlib.Path) -> Any:
 
 def _unpickled(path: pathlib.Path) -> Any:
     torch = _torch(path)
+    # Newer versions of torch go by this ending, whatever is in the file.
+    misnamed = path.suffix == ".safetensors"
+    mapped = not misnamed and zipfile.is_zipfile(path)
     # Training scripts store their command line too; a namespace is data, like a dict.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            source = file if misnamed else path
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # torch raises many types for bad files
             if "Unsupported global" in str(error):  # the name of something that could be called
                 raise table.ConvertError(
@@ -126,13 +193,50 @@ def _state_dict(
         raise table.ConvertError(
             f"{path} holds no state dict, under {' or '.join(containers)} or bare"
         )
-    tensors = {}
-    for name, tensor in state.items():
-        if not hasattr(tensor, "detach"):
-            raise table.ConvertError(f"{path}: {name} is not a tensor, so this is no state dict")
-        tensor = tensor.detach()
-        tensors[name] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return tensors
+    return {name: _array(tensor, name, path) for name, tensor in state.items()}
+
+
+def _array(tensor: Any, name: Any, path: pathlib.Path) -> np.ndarray:
+    """A tensor of PyTorch as an array; floats as float32, since numpy lacks bfloat16."""
+    if not hasattr(tensor, "detach"):
+        raise table.ConvertError(
+            f"{path}: {str(name)[:80]!r} is not a tensor, so this is no state dict"
+        )
+    _check_name(name, path)
+    try:
+        size = tensor.element_size()
+        if tensor.numel() * size > tensor.untyped_storage().nbytes():
+            raise ValueError("it has more numbers than the file")
+        if tensor.is_floating_point() and size < 2:
+            raise ValueError("numbers of 8 bits mean nothing without their scales")
+        return (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise table.ConvertError(
+            f"{path}: the tensor {name!r} cannot be read ({_first_line(error)})"
+        ) from None
+
+
+def _check_name(name: Any, path: pathlib.Path) -> None:
+    if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+        raise table.ConvertError(f"{path} is damaged: {str(name)[:80]!r} is no name of a tensor")
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    """Floats of any width as float32; what is too large becomes infinite."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32, copy=False)
+
+
+def _unwrapped(state: dict[str, np.ndarray], source: pathlib.Path) -> dict[str, np.ndarray]:
+    """Names as the model has them, without those of PyTorch's wrappers around it or its parts."""
+    names = {
+        name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in state
+    }
+    if len(set(names.values())) < len(names):
+        raise table.ConvertError(f"{source} holds weights twice, with and without {WRAPPERS[0]}")
+    return {names[name]: array for name, array in state.items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -159,7 +159,7 @@ def to_ours(rows: Sequence[Row], state: StateDict, abstract: Any) -> Any:
       abstract: Tree of the shapes wanted, from `jax.eval_shape`.
 
     Raises:
-      ConvertError: A tensor is missing, left over, of another shape or not of floats.
+      ConvertError: A tensor is missing, left over, of another shape, or not of finite floats.
     """
     shapes = their_shapes(rows, abstract)
     missing, extra = sorted(shapes.keys() - state), sorted(state.keys() - shapes)
@@ -175,6 +175,7 @@ def to_ours(rows: Sequence[Row], state: StateDict, abstract: Any) -> Any:
             )
         if not np.issubdtype(state[name].dtype, np.floating):
             raise ConvertError(f"{name} holds {state[name].dtype}, not floats")
+    _check_finite({name: state[name] for name in shapes})
     wanted = _flat(abstract)
     made = {r.ours: _one(r, state, wanted[r.ours].shape) for r in rows}
     return flax.traverse_util.unflatten_dict(made, sep="/")
@@ -188,6 +189,16 @@ def to_theirs(rows: Sequence[Row], params: Any) -> dict[str, Array]:
     """
     arrays = jax.tree.map(lambda x: np.asarray(jax.device_get(x)), params)
     return {name: np.ascontiguousarray(part) for name, part in _their_parts(rows, arrays)}
+
+
+def _check_finite(state: StateDict) -> None:
+    counts = {name: x.size - int(np.isfinite(x).sum()) for name, x in state.items()}
+    broken = [name for name, count in counts.items() if count]
+    if broken:
+        raise ConvertError(
+            f"{counts[broken[0]]} of {state[broken[0]].size} numbers are not finite in "
+            f"{_some(broken)}: the training diverged or the file is damaged, take other weights"
+        )
 
 
 def _their_parts(rows: Sequence[Row], params: Any) -> Iterator[tuple[str, Array]]:

@@ -7,16 +7,26 @@ crane", "cardigan sweater" and "tights" are added, where two classes share their
 """
 
 import difflib
+import functools
 import pathlib
+import re
 from collections.abc import Sequence
 
 NUM_CLASSES = 1000
+_SYNSET = re.compile(r"n\d{8}")
 _PATH = pathlib.Path(__file__).with_name("imagenet_classes.txt")
 
 
 def imagenet() -> tuple[str, ...]:
     """A line per class id: its names, the usual one first, with ", " between them."""
     return tuple(_PATH.read_text(encoding="utf-8").splitlines())
+
+
+def spoken(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of classes as people say them: those of ImageNet for its 1,000 synsets."""
+    if len(names) == NUM_CLASSES and all(_SYNSET.fullmatch(name) for name in names):
+        return imagenet()
+    return tuple(names)
 
 
 def label_of(name: str, names: Sequence[str]) -> int:
@@ -28,8 +38,8 @@ def label_of(name: str, names: Sequence[str]) -> int:
     Raises:
       ValueError: No class has that name, with the nearest ones, or several have, with their ids.
     """
-    lines = [[synonym.lower() for synonym in line.split(", ")] for line in names]
-    asked = " ".join(name.lower().replace("_", " ").split())
+    lines = _synonyms(tuple(names))
+    asked = _plain(name)
     first = [i for i, line in enumerate(lines) if asked == line[0]]
     found = first or [i for i, line in enumerate(lines) if asked in line]
     if len(found) == 1:
@@ -41,3 +51,12 @@ def label_of(name: str, names: Sequence[str]) -> int:
     near = difflib.get_close_matches(asked, known, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "give its id"
     raise ValueError(f"no class is named {name!r}: {hint}")
+
+
+@functools.lru_cache(maxsize=1)
+def _synonyms(names: tuple[str, ...]) -> list[list[str]]:
+    return [[_plain(synonym) for synonym in line.split(", ")] for line in names]
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").split())

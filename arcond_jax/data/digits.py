@@ -5,8 +5,6 @@ Source: Alpaydin and Kaynak (1998), UCI "Optical Recognition of Handwritten Digi
 """
 
 import numpy as np
-import sklearn.datasets
-import sklearn.model_selection
 
 NUM_HELD_OUT = 360  # 20.03 percent of 1,797: 36 images of most classes
 SPLIT_SEED = 0  # never change it: published scores refer to this split
@@ -26,6 +24,10 @@ class Digits:
     def __init__(self, split: str = "train"):
         if split not in ("train", "held_out"):
             raise ValueError(f"digits has no split {split!r}: use 'train' or 'held_out'.")
+        # Imported here, since it takes a second and other data do not need it.
+        import sklearn.datasets
+        import sklearn.model_selection
+
         pixels, label = sklearn.datasets.load_digits(return_X_y=True)
         train, held_out = sklearn.model_selection.train_test_split(
             np.arange(len(label)),

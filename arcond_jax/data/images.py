@@ -1,10 +1,12 @@
 """The two spellings of an image, uint8 in [0, 255] and float32 in [-1, 1]; reading and cropping."""
 
-import pathlib
+import os
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
+
+MAX_ASPECT = 100  # scaled by its shorter side, a longer image takes any memory
 
 
 def uint8_to_image(
@@ -22,20 +24,83 @@ def image_to_uint8(
     return np.clip(np.round(levels), 0, 255).astype(np.uint8)
 
 
+class Scaled:
+    """Images in uint8 that are scaled to [-1, 1] as they are sliced, a few at a time."""
+
+    def __init__(self, image_uint8: UInt8[np.ndarray, "n height width channels"]):
+        self._image_uint8 = image_uint8
+
+    def __len__(self) -> int:
+        return len(self._image_uint8)
+
+    def __getitem__(self, rows: slice) -> Float[np.ndarray, "rows height width channels"]:
+        return uint8_to_image(self._image_uint8[rows])
+
+
+def open_image(path: str | os.PathLike, *, num_channels: int) -> Image.Image:
+    """Reads an image file of any kind as 8 bits a channel, grey (1 channel) or RGB (3).
+
+    Every image of this package comes in here, by one set of rules, those of PIL's `convert`, which
+    torchvision and the code of the published models use:
+
+    - palettes, CMYK, 1 bit, grey and colour are converted into one another;
+    - alpha is dropped: the colours below it come out as they are stored, on no ground;
+    - of an animation, the first frame;
+    - EXIF, and so its orientation, is not looked at.
+
+    Beyond `convert`, which would clip them to white, 16 bits of grey are scaled to 8, and
+    so is what PNG files hold under 32 bits, which is 16.
+
+    Raises:
+      ValueError: The file is missing, truncated, too large (PIL's limit against decompression
+        bombs), no image, or of numbers without a known range: 32-bit integers and floats.
+    """
+    mode = "L" if num_channels == 1 else "RGB"
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+                levels = np.asarray(image).astype(np.int64)
+                return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert(mode)
+            if image.mode in ("I", "F"):
+                raise ValueError(f"{image.format} of mode {image.mode}: save it with 8 bits")
+            if image.mode in ("P", "PA") and "transparency" in image.info:
+                return image.convert("RGBA").convert(mode)  # the same colours, without a warning
+            return image.convert(mode)
+    except Exception as error:  # decoders raise what they like
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read as an image ({text})") from None
+
+
 def read_image(
-    path: pathlib.Path, *, num_channels: int
+    path: str | os.PathLike, *, num_channels: int
 ) -> Float[np.ndarray, "height width channels"]:
-    """An image file in [-1, 1], grey (1 channel) or in colour (3).
+    """An image file in [-1, 1], grey (1 channel) or in colour (3); see `open_image`.
 
     Raises:
       ValueError: The file is missing or no image.
     """
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+    pixels = np.asarray(open_image(path, num_channels=num_channels))
     return uint8_to_image(pixels.reshape(*pixels.shape[:2], num_channels))
+
+
+def shrink(
+    image: Float[np.ndarray | Array, "n height width channels"], size: int
+) -> Float[np.ndarray, "n small_height small_width channels"]:
+    """Means over equal areas, so that no side has more than `size` pixels; never enlarges."""
+    image = np.asarray(image)
+    for axis in (1, 2):
+        if image.shape[axis] > size:
+            areas = _areas(image.shape[axis], size)
+            image = np.moveaxis(np.tensordot(image, areas, (axis, 1)), -1, axis)
+    return image
+
+
+def _areas(size: int, small: int) -> Float[np.ndarray, "small size"]:
+    """Share of each of `size` pixels in each of `small` equal stretches of them; rows sum to 1."""
+    edges = np.arange(small + 1) * (size / small)
+    pixels = np.arange(size)
+    ends = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (np.maximum(ends, 0.0) * (small / size)).astype(np.float32)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -44,9 +109,17 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Halves by 2x2 means while the image is at least twice too large, then bicubic; small images
     grow.
 
+    Raises:
+      ValueError: The image is more than `MAX_ASPECT` times as long as wide.
+
     Source: Dhariwal and Nichol (2021); guided-diffusion, guided_diffusion/image_datasets.py,
     `center_crop_arr`.
     """
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(
+            f"{image.width} x {image.height} pixels have no middle to crop: at most {MAX_ASPECT} "
+            "times as long as wide"
+        )
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -24,6 +24,7 @@ class Source(Protocol):
     num_classes: int
     image_shape: tuple[int, int, int]  # height, width, channels
     label_names: tuple[str, ...]
+    label: np.ndarray  # int32 [n], of every item
 
     def __len__(self) -> int: ...
 
@@ -77,7 +78,7 @@ def train_iterator(
     # Indices are batched, and images loaded after the cut: sharding first would give each process
     # count its own order.
     batches = order.batch(global_batch_size, drop_remainder=True).map(
-        lambda indices: _load(source, indices[rows])
+        lambda indices: load(source, indices[rows])
     )
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=PREFETCH_BATCHES if num_threads else 0
@@ -102,11 +103,12 @@ def full_batches(
     chosen = np.arange(count) * len(source) // count
     for start in range(0, count, batch_size):
         places = np.arange(start, start + batch_size)
-        batch = _load(source, chosen[np.minimum(places, count - 1)])
+        batch = load(source, chosen[np.minimum(places, count - 1)])
         yield batch | {"valid": places < count}
 
 
-def _load(source: Source, indices: np.ndarray) -> NumpyBatch:
+def load(source: Source, indices: np.ndarray) -> NumpyBatch:
+    """The items of these indices, stacked; raises ValueError for one that cannot be read."""
     items = [_read(source, int(index)) for index in indices]
     return {name: np.stack([item[name] for item in items]) for name in ("image", "label")}
 

@@ -2,10 +2,15 @@
 
 Images and labels come in; a card goes out, as JSON or as text for a terminal. What belongs to the
 real images is computed once, in `reference`, and serves any number of sample sets.
+
+Images are read in batches and never held whole. Pixels are compared on images averaged to at most
+`features.SMALL` (32) pixels a side, and get a Frechet distance of their own only up to
+`MAX_PIXELS` numbers an image: its covariance is that number squared.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +22,12 @@ from arcond_jax.evaluation import frechet, precision_recall, scores
 
 SUBSET_SEED = 0  # the same rows for every sampler, so that comparisons stay paired
 NUM_NEIGHBOURS = 3  # Kynkaanniemi et al. (2019)
+MAX_PIXELS = 1024  # 32x32 in grey; a second of linear algebra, where 32x32x3 takes half a minute
 
 Setting = float | int | str | bool | None
+
+# Of files of earlier versions: what is no setting of the sampler.
+APART = ("other_settings", "refinement", "refinement_settings", "seed", "checkpoint_step")
 
 # What is measured, in words, and what a reader should know of it.
 MEASUREMENTS = {
@@ -63,13 +72,27 @@ def settings_of(metadata: Mapping[str, Any]) -> Settings:
     try:
         seed, step = metadata["seed"], metadata["checkpoint_step"]
         if "sampling" in metadata:
-            return Settings(metadata["sampling"], metadata["refinement"], seed, step)
-        sampling = {**metadata, **metadata["other_settings"]}
-        apart = ("other_settings", "refinement", "refinement_settings", "seed", "checkpoint_step")
-        sampling = {k: x for k, x in sampling.items() if k not in apart and x is not None}
-        return Settings(sampling, metadata["refinement_settings"], seed, step)
+            sampling, refinement = metadata["sampling"], metadata["refinement"]
+        else:
+            flat = {**metadata, **metadata["other_settings"]}
+            sampling = {k: x for k, x in flat.items() if k not in APART and x is not None}
+            refinement = metadata["refinement_settings"]
     except (KeyError, TypeError):
         raise ValueError("the samples do not say how they were made") from None
+    for name, value in {"seed": seed, "checkpoint_step": step}.items():
+        if type(value) is not int:
+            raise ValueError(f"the samples' {name} is {value!r:.80}, no whole number")
+    return Settings(_plain(sampling, "sampling"), _plain(refinement, "refinement"), seed, step)
+
+
+def _plain(settings: Any, name: str) -> dict[str, Setting]:
+    if not isinstance(settings, dict):
+        raise ValueError(f"the samples' {name} is {settings!r:.80}, not settings by name")
+    for key, value in settings.items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not (value is None or isinstance(value, int | str | float)) or not finite:
+            raise ValueError(f"the samples' setting {key!r:.80} is {value!r:.80}, no plain value")
+    return settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +155,17 @@ class Reference:
     features: Float32[np.ndarray, "n features"]
     feature_statistics: frechet.Statistics
     feature_statistics_train: frechet.Statistics
-    pixel_statistics: frechet.Statistics
-    image_train: Float32[np.ndarray, "m height width channels"]
+    pixel_statistics: frechet.Statistics | None
+    image_shape: tuple[int, ...]
+    image_small_train: Float[np.ndarray, "m height width channels"]
     nearest_train_distance: float
 
 
 def reference(
-    image: Float32[np.ndarray, "n height width channels"],
+    image: features_lib.Images,
     label: Int[np.ndarray, " labels"],
     *,
-    image_train: Float32[np.ndarray, "m height width channels"],
+    image_train: features_lib.Images,
     extractor: features_lib.Features,
     name: str = "held-out images",
 ) -> Reference:
@@ -149,32 +173,35 @@ def reference(
 
     Args:
       image: Real images, in [-1, 1], that neither the generator nor the extractor has seen.
+        These and the next are arrays or load as they are sliced.
       label: Their classes, to measure the extractor.
       image_train: Images that the generator was trained on, in [-1, 1].
       extractor: Source of the features and of the logits.
       name: Name of the split, printed on the card.
 
     Raises:
-      ValueError: Images out of range, or not as many labels as images.
+      ValueError: Images out of range, not as many labels as images, or a label that the extractor
+        does not know.
     """
-    _check_images(image, label, what="reference images")
-    features, logits = map(np.asarray, extractor(image))
-    features_train = np.asarray(extractor(image_train)[0])
+    _check_labels(image, label, extractor.num_classes, what="reference images")
+    real = features_lib.read(extractor, image, what="reference images")
+    train = features_lib.read(extractor, image_train, what="training images")
     return Reference(
         name=name,
         extractor=extractor,
-        extractor_accuracy=scores.class_accuracy(logits, label),
-        features=features,
-        feature_statistics=frechet.statistics(features),
-        feature_statistics_train=frechet.statistics(features_train),
-        pixel_statistics=frechet.statistics(_flat(image)),
-        image_train=image_train,
-        nearest_train_distance=scores.mean_nearest_distance(image, image_train),
+        extractor_accuracy=scores.class_accuracy(real.logits, label),
+        features=real.features,
+        feature_statistics=frechet.statistics(real.features),
+        feature_statistics_train=frechet.statistics(train.features),
+        pixel_statistics=_pixel_statistics(real),
+        image_shape=real.image_shape,
+        image_small_train=train.image_small,
+        nearest_train_distance=scores.mean_nearest_distance(real.image_small, train.image_small),
     )
 
 
 def evaluate(
-    image: Float32[np.ndarray, "n height width channels"],
+    image: features_lib.Images,
     label: Int[np.ndarray, " labels"],
     *,
     reference: Reference,
@@ -193,43 +220,56 @@ def evaluate(
 
     Raises:
       ValueError: Images out of range or of another shape than the reference, not as many labels as
-        images, or too few images for a covariance or for neighbours.
+        images, a label that the extractor does not know, or too few images for a covariance or for
+        neighbours.
     """
-    _check_images(image, label, what="samples")
-    features, logits = map(np.asarray, reference.extractor(image))
-    statistics = frechet.statistics(features)
-    num_rows = min(len(features), len(reference.features))
+    _check_labels(image, label, reference.extractor.num_classes, what="samples")
+    check_shape(image[:1].shape[1:], reference.image_shape)
+    drawn = features_lib.read(reference.extractor, image, what="samples")
+    statistics = frechet.statistics(drawn.features)
+    num_rows = min(len(drawn.features), len(reference.features))
     precision, recall = precision_recall.precision_recall(
-        _subset(features, num_rows),
+        _subset(drawn.features, num_rows),
         _subset(reference.features, num_rows),
         num_neighbours=NUM_NEIGHBOURS,
     )
 
     distance = frechet.frechet_distance
     real, train = reference.feature_statistics, reference.feature_statistics_train
-    pixels = frechet.statistics(_flat(image))
+    pixels, pixels_real = _pixel_statistics(drawn), reference.pixel_statistics
+    measurements = {
+        "frechet_distance": distance(statistics, real),
+        "frechet_distance_real": distance(train, real),
+        "frechet_distance_train": distance(statistics, train),
+        "frechet_distance_pixels": pixels and pixels_real and distance(pixels, pixels_real),
+        "precision": precision,
+        "recall": recall,
+        "class_accuracy": scores.class_accuracy(drawn.logits, label),
+        "inception_score": scores.inception_score(drawn.logits),
+        "nearest_neighbour_ratio": scores.nearest_neighbour_ratio(
+            drawn.image_small,
+            reference.image_small_train,
+            held_out_distance=reference.nearest_train_distance,
+        ),
+    }
     return EvaluationCard(
         settings=settings,
-        measured_with=_measured_with(label, features, num_rows, reference),
-        measurements={
-            "frechet_distance": distance(statistics, real),
-            "frechet_distance_real": distance(train, real),
-            "frechet_distance_train": distance(statistics, train),
-            "frechet_distance_pixels": distance(pixels, reference.pixel_statistics),
-            "precision": precision,
-            "recall": recall,
-            "class_accuracy": scores.class_accuracy(logits, label),
-            "inception_score": scores.inception_score(logits),
-            "nearest_neighbour_ratio": scores.nearest_neighbour_ratio(
-                image, reference.image_train, held_out_distance=reference.nearest_train_distance
-            ),
-        },
+        measured_with=_measured_with(label, num_rows, reference),
+        measurements={name: x for name, x in measurements.items() if x is not None},
     )
+
+
+def check_shape(image_shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises ValueError if samples are of another height, width or channels than real images."""
+    if tuple(image_shape) != tuple(expected):
+        raise ValueError(
+            f"The samples are {list(image_shape)}, the real images {list(expected)}: they cannot "
+            "be compared."
+        )
 
 
 def _measured_with(
     label: Int[np.ndarray, " labels"],
-    features: Float[np.ndarray, "n d"],
     num_rows: int,
     reference: Reference,
 ) -> dict[str, Setting]:
@@ -238,35 +278,38 @@ def _measured_with(
     if per_class.max() != per_class.min():
         each = f"{per_class.min()} to {per_class.max()}"
     accuracy = reference.extractor_accuracy
+    small = reference.image_small_train.shape[1:3]
+    reduced = {}
+    if small != reference.image_shape[:2]:
+        reduced = {"nearest neighbour": f"of images averaged to {small[0]}x{small[1]} pixels"}
     return {
         "samples": f"{len(label)}, {each} of each class",
         "reference": f"{reference.name}, {len(reference.features)} images",
-        "training images": len(reference.image_train),
-        "features": f"{features.shape[1]} of {reference.extractor.description}",
+        "training images": len(reference.image_small_train),
+        "features": f"{reference.features.shape[1]} of {reference.extractor.description}",
         "its accuracy": f"{accuracy:.1%} on the reference images",
         "precision and recall": f"k = {NUM_NEIGHBOURS}, {num_rows} images a side",
+        **reduced,
     }
 
 
-def _check_images(
-    image: Float[np.ndarray, "n height width channels"],
-    label: Int[np.ndarray, " labels"],
-    *,
-    what: str,
+def _check_labels(
+    image: features_lib.Images, label: Int[np.ndarray, " labels"], num_classes: int, *, what: str
 ) -> None:
     if len(image) != len(label):
         raise ValueError(f"{len(image)} {what} came with {len(label)} labels.")
-    low, high = image.min(), image.max()
-    if not (low >= -1.0 and high <= 1.0):  # not (...) so that NaN fails too
+    if len(label) and not (label.min() >= 0 and label.max() < num_classes):
         raise ValueError(
-            f"The {what} span {low:g} to {high:g}, outside [-1, 1]: convert or clip them first."
+            f"The labels of the {what} span {label.min()} to {label.max()}, outside the "
+            f"{num_classes} classes of the features."
         )
 
 
-def _flat(
-    image: Float[np.ndarray, "n height width channels"],
-) -> Float[np.ndarray, "n pixels"]:
-    return image.reshape(len(image), -1)
+def _pixel_statistics(reading: features_lib.Reading) -> frechet.Statistics | None:
+    """Of raw pixels, or None where they are too many for a covariance."""
+    if math.prod(reading.image_shape) > MAX_PIXELS:
+        return None
+    return frechet.statistics(reading.image_small.reshape(len(reading.image_small), -1))
 
 
 def _subset(features: Float[np.ndarray, "n d"], num_rows: int) -> Float[np.ndarray, "rows d"]:

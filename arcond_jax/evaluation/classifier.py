@@ -1,8 +1,8 @@
 """A small classifier of small images, trained in seconds, whose features carry the metrics.
 
-Images come in as float32 in [-1, 1], NHWC; features (32 tanh units) and logits go out. It stands
-where Inception stands for ImageNet: a Frechet distance of its features is comparable only with
-others of the same trained classifier.
+Images come in as float32 in [-1, 1], NHWC, and are averaged to at most 32 pixels a side; features
+(32 tanh units) and logits go out. It stands where Inception stands for ImageNet: a Frechet distance
+of its features is comparable only with others of the same trained classifier.
 """
 
 import functools
@@ -19,7 +19,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import types
-from arcond_jax.evaluation import npz
+from arcond_jax.data import images
+from arcond_jax.evaluation import features, npz
 
 HIDDEN_WIDTH = 128
 NUM_FEATURES = 32
@@ -29,6 +30,7 @@ LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-2
 PIXEL_NOISE = 0.2  # standard deviation, where pixels span [-1, 1]
 MAX_SHIFT = 1  # pixels, each way
+MAX_SIZE = 2**16  # pixels a side and classes that a file may name
 
 
 class Network(nn.Module):
@@ -52,7 +54,7 @@ class Classifier:
     """A trained network, as `features.Features`.
 
     Attributes:
-      image_shape, num_classes: Of what it was trained on.
+      image_shape, num_classes: Of what it was trained on after averaging.
       trained_on: That in words.
     """
 
@@ -72,8 +74,9 @@ class Classifier:
         """Activations of the last hidden layer, in (-1, 1), and logits.
 
         Raises:
-          ValueError: The images are not of the trained shape.
+          ValueError: The images are not of the trained shape, or do not become so.
         """
+        image = images.shrink(image, max(features.SMALL, *self.image_shape[:2]))
         if image.shape[1:] != self.image_shape:
             raise ValueError(
                 f"The classifier was trained on images of shape {self.image_shape}, "
@@ -94,22 +97,29 @@ class Classifier:
 
 def load(path: str | os.PathLike) -> Classifier:
     """Reads a classifier; raises a one-line ValueError for a wrong or truncated file."""
-    arrays = npz.read(path, what="classifier file")
-    missing = {"image_shape", "num_classes"} - arrays.keys()
-    if missing:
-        raise ValueError(f"{path} is not a classifier file: it lacks {sorted(missing)}.")
-    image_shape = tuple(int(size) for size in arrays.pop("image_shape"))
-    num_classes = int(arrays.pop("num_classes"))
+    what = "classifier file"
+    sizes = npz.read(path, "image_shape", "num_classes", what=what)
+    where = f"{path}: num_classes"
+    num_classes = npz.whole_number(sizes["num_classes"], where=where, at_least=1)
+    image_shape = tuple(sizes["image_shape"].ravel().tolist())
+    whole = all(type(size) is int and 0 < size <= MAX_SIZE for size in image_shape)
+    if not whole or len(image_shape) != 3 or num_classes > MAX_SIZE:
+        raise ValueError(
+            f"{path} is not a {what}: image_shape {image_shape}, num_classes {num_classes}."
+        )
 
     variables = jax.eval_shape(
         Network(num_classes).init, jax.random.key(0), jnp.zeros((1, *image_shape))
     )
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(variables, sep="/")
     expected = {name: value.shape for name, value in flat.items()}
+    arrays = npz.read(path, *expected, what=what)
     found = {name: value.shape for name, value in arrays.items()}
+    if any(value.dtype != np.float32 or not np.isfinite(value).all() for value in arrays.values()):
+        raise ValueError(f"{path} is not a {what}: its weights are not finite float32.")
     if found != expected:
         wrong = sorted(set(found.items()) ^ set(expected.items()))
-        raise ValueError(f"{path} is not a classifier file of this version: it differs in {wrong}.")
+        raise ValueError(f"{path} is not a {what} of this version: it differs in {wrong}.")
     params = {name.removeprefix("params/"): jnp.asarray(value) for name, value in arrays.items()}
     return Classifier(
         params=flax.traverse_util.unflatten_dict(params, sep="/"),
@@ -147,6 +157,7 @@ def train_classifier(
         raise ValueError(
             f"Labels span {np.min(label)} to {np.max(label)}, outside [0, {num_classes})."
         )
+    image = images.shrink(image, features.SMALL)
     params = _train(
         jnp.asarray(image),
         jnp.asarray(label),

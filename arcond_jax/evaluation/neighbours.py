@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 BLOCK_ROWS = 256  # against 50,000 reference rows: 100 MB an array
+REFERENCE_ROWS = 4096  # whose pixels are held in float64: 100 MB at 32x32x3
 
 
 def squared_distance_blocks(
@@ -17,12 +18,13 @@ def squared_distance_blocks(
     them exact to about 1e-15 of the features' mean square; smaller ones come out as zero.
     """
     centre = reference.mean(axis=0, dtype=np.float64)
-    points, reference = points - centre, reference - centre
+    reference = reference - centre
     reference_norm = np.sum(reference**2, axis=1)
-    rounding = 1e-13 * (reference_norm.mean() + np.mean(points**2) * points.shape[1])
     for start in range(0, len(points), BLOCK_ROWS):
-        block = points[start : start + BLOCK_ROWS]
-        distance = np.sum(block**2, axis=1)[:, None] + reference_norm - 2.0 * block @ reference.T
+        block = points[start : start + BLOCK_ROWS] - centre
+        norm = np.sum(block**2, axis=1)
+        rounding = 1e-13 * (reference_norm.mean() + norm.mean())
+        distance = norm[:, None] + reference_norm - 2.0 * block @ reference.T
         yield np.where(distance < rounding, 0.0, distance)
 
 
@@ -30,8 +32,12 @@ def nearest_distance(
     points: Float[np.ndarray, "n d"], reference: Float[np.ndarray, "m d"]
 ) -> Float64[np.ndarray, " n"]:
     """Euclidean distance of each point to its nearest reference row."""
-    blocks = squared_distance_blocks(points, reference)
-    return np.sqrt(np.concatenate([block.min(axis=1) for block in blocks]))
+    nearest = np.full(len(points), np.inf)
+    for start in range(0, len(reference), REFERENCE_ROWS):
+        blocks = squared_distance_blocks(points, reference[start : start + REFERENCE_ROWS])
+        found = np.concatenate([block.min(axis=1) for block in blocks])
+        nearest = np.minimum(nearest, found)
+    return np.sqrt(nearest)
 
 
 def neighbour_radius(

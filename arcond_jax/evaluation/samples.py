@@ -1,13 +1,23 @@
-"""Files of samples: uint8 images, their labels, and how they were made."""
+"""Files of samples: uint8 images, their labels, and how they were made.
 
+The images are the array `arr_0`, as the evaluator of ADM reads them (guided-diffusion,
+evaluations/evaluator.py), and with it what follows that format. Grey images keep their one channel,
+which that evaluator, made for RGB, does not take. Files of earlier versions call them
+`image_uint8`, and are read too.
+"""
+
+import contextlib
 import dataclasses
 import json
 import os
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from arcond_jax.evaluation import npz
+
+IMAGES, IMAGES_BEFORE = "arr_0", "image_uint8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +27,7 @@ class Samples:
     image_uint8: UInt8[np.ndarray, "n height width channels"]
     label: Int[np.ndarray, " n"]
     num_classes: int
-    metadata: dict
+    metadata: dict[str, Any]
 
 
 def write_samples(
@@ -43,12 +53,12 @@ def write_samples(
     _check(image_uint8, label, num_classes, where=str(path))
     try:
         text = json.dumps(metadata)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: the metadata cannot be written as JSON: {error}.") from None
     npz.write(
         path,
         {
-            "image_uint8": image_uint8,
+            IMAGES: image_uint8,
             "label": label.astype(np.int32),
             "num_classes": np.asarray(num_classes),
             "metadata": np.asarray(text),
@@ -63,18 +73,27 @@ def read_samples(path: str | os.PathLike) -> Samples:
       FileNotFoundError: Nothing is there.
       ValueError: A truncated or foreign file, a missing entry, or entries that do not fit together.
     """
-    arrays = npz.read(path, what="samples file")
-    missing = {"image_uint8", "label", "num_classes", "metadata"} - arrays.keys()
-    if missing:
-        raise ValueError(f"{path} is not a samples file: it lacks {', '.join(sorted(missing))}.")
-    num_classes = int(arrays["num_classes"])
-    _check(arrays["image_uint8"], arrays["label"], num_classes, where=str(path))
+    names = ((IMAGES, IMAGES_BEFORE), "label", "num_classes", "metadata")
+    arrays = npz.read(path, *names, what="samples file")
+    image_uint8, label = arrays[IMAGES], arrays["label"]
+    num_classes = npz.whole_number(arrays["num_classes"], where=f"{path}: num_classes", at_least=1)
+    _check(image_uint8, label, num_classes, where=str(path))
     return Samples(
-        image_uint8=arrays["image_uint8"],
-        label=arrays["label"],
+        image_uint8=image_uint8,
+        label=label,
         num_classes=num_classes,
-        metadata=json.loads(str(arrays["metadata"])),
+        metadata=_metadata(arrays["metadata"], where=str(path)),
     )
+
+
+def _metadata(array: np.ndarray, *, where: str) -> dict[str, Any]:
+    metadata = None
+    if array.ndim == 0 and array.dtype.kind == "U":
+        with contextlib.suppress(ValueError, RecursionError):
+            metadata = json.loads(str(array))
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{where}: metadata must be a text that holds one JSON object.")
+    return metadata
 
 
 def _check(image_uint8: np.ndarray, label: np.ndarray, num_classes: int, *, where: str) -> None:
@@ -83,6 +102,8 @@ def _check(image_uint8: np.ndarray, label: np.ndarray, num_classes: int, *, wher
             f"{where}: images must be uint8 [n, height, width, channels], "
             f"got {image_uint8.dtype} {list(image_uint8.shape)}."
         )
+    if 0 in image_uint8.shape:
+        raise ValueError(f"{where}: images {list(image_uint8.shape)} hold nothing.")
     if not np.issubdtype(label.dtype, np.integer) or label.shape != image_uint8.shape[:1]:
         raise ValueError(
             f"{where}: {len(image_uint8)} images need as many integer labels, "

@@ -34,7 +34,7 @@ def nearest_neighbour_ratio(
     image_train: Float[np.ndarray, "m height width channels"],
     *,
     held_out_distance: float,
-) -> float:
+) -> float | None:
     """Mean distance to the nearest training image, over that of real held-out images.
 
     Args:
@@ -44,8 +44,10 @@ def nearest_neighbour_ratio(
 
     Returns:
       About 1 for new images of the same law; well below 1 means copies, above 1 means images that
-      are far from any real one.
+      are far from any real one. None where every held-out image is among the training images.
     """
+    if held_out_distance == 0.0:
+        return None
     return mean_nearest_distance(image, image_train) / held_out_distance
 
 

@@ -45,7 +45,9 @@ def write_layer(
 
     def write(cached: Array, new: Array) -> Array:
         new = jnp.swapaxes(new, 1, 2)[None].astype(cached.dtype)
-        return jax.lax.dynamic_update_slice(cached, new, (layer, 0, 0, cache.index, 0))
+        # Of one type also where jax counts in 64 bits.
+        start = [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, cache.index, 0)]
+        return jax.lax.dynamic_update_slice(cached, new, start)
 
     return dataclasses.replace(
         cache, keys=write(cache.keys, keys), values=write(cache.values, values)

@@ -85,3 +85,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def num_batch_shards(mesh: Mesh) -> int:
     """Pieces a batch is cut into; batch sizes must be multiples of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spread_over(mesh: Mesh, num_rows: int) -> int:
+    """The batch size next to `num_rows`, not below it, that can be cut into the pieces."""
+    shards = num_batch_shards(mesh)
+    return -(-num_rows // shards) * shards

@@ -58,10 +58,7 @@ def read(path: epath.PathLike, config: build.Config) -> Captions:
       build.ConfigError: They are not captions of the model.
       FileNotFoundError, ValueError: No such file, or damaged.
     """
-    arrays = npz.read(path, what="file of captions")
-    missing = {"embedding", "valid"} - arrays.keys()
-    if missing:
-        raise build.ConfigError(f"{path} is no file of captions: it lacks {', '.join(missing)}")
+    arrays = npz.read(path, "embedding", "valid", what="file of captions")
     embedding, valid = arrays["embedding"], arrays["valid"]
     size = (config.model.num_caption_vectors, config.model.caption_width)
     if embedding.ndim != 3 or embedding.shape[1:] != size or len(embedding) == 0:

@@ -15,7 +15,7 @@ from etils import epath
 from arcond_jax import build, checkpoint, types
 from arcond_jax.build import models, tokens
 from arcond_jax.build import saved as saved_lib
-from arcond_jax.convert import files, table
+from arcond_jax.convert import files, shards, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ def convert(
 
     Args:
       name: Of the format.
+      source: A file, the index of its shards, or a folder with one of them.
       config: Of the model; None looks for the shipped config whose shapes are those of the weights.
       weights: "ema" or "raw".
       tokenizer: Folder of the converted tokenizer, noted in the config.
@@ -91,7 +92,9 @@ def convert(
     if weights == "raw":
         wanted, others = others, wanted
     held = files.load_state(source, containers=wanted, others=others)
-    pixels = made.official.pixels(source.stem, held)
+    weights_at = shards.find(source)
+    stems = f"{source.stem} {weights_at.stem}" if source.is_dir() else source.stem
+    pixels = made.official.pixels(stems, held)
     if config is not None and pixels not in (None, config.data.image_size):
         raise table.ConvertError(
             f"{source}: the weights are for images of {pixels} pixels, config {config.name} for "
@@ -111,16 +114,22 @@ def convert(
         "config": saved_lib.dump(found),
         "family": name,
         "weights": weights,
-        "source": source.name,
-        "source_sha256": files.digest(source),
+        "source": source.absolute().name,
+        "source_sha256": files.digest(shards.files_of(weights_at)),  # of shards, one after another
     }
     checkpoint.save_tree(str(folder), {"params": params}, metadata)
     return found
 
 
 def export(name: str, params: types.Params, config: build.Config, target: pathlib.Path) -> None:
-    """Writes parameters as an official state dict, for PyTorch."""
-    files.save_state(target, table.to_theirs(formats()[name].rows(config), params))
+    """Writes parameters for PyTorch, under the entries that the official code reads.
+
+    Raises:
+      table.ConvertError: The ending is not of a format of weights, or the file cannot be written.
+    """
+    made = formats()[name]
+    state = table.to_theirs(made.rows(config), params)
+    files.save_state(target, state, containers=made.official.container)
 
 
 def format_of(config: build.Config) -> str:
@@ -162,9 +171,10 @@ def _matching_config(
 def _check_tokenizer(config: build.Config, folder: epath.Path) -> None:
     """Codes or latents of another tokenizer would be read as noise."""
     known: dict[str, Any] = checkpoint.load_metadata(f"{folder}/{tokens.WEIGHTS}")
-    if formats()[known["family"]].tokenizer != config.tokenizer.name:
+    family = str(known.get("family"))
+    if family not in formats() or formats()[family].tokenizer != config.tokenizer.name:
         raise build.ConfigError(
-            f"{folder} holds {known['family']}, the model {config.name} needs a tokenizer "
+            f"{folder} holds {family}, the model {config.name} needs a tokenizer "
             f"{config.tokenizer.name}"
         )
     saved = saved_lib.load(known["config"]).tokenizer

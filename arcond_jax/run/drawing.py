@@ -5,15 +5,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from arcond_jax import build, types
-from arcond_jax.data import images
-from arcond_jax.parallel import compiled
+from arcond_jax.parallel import compiled, memory
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run.restoring import Trained
 from arcond_jax.sampling import mar as mar_sampling
 from arcond_jax.sampling import sampled as sampled_lib
+from arcond_jax.transport import refiners
+
+DRAWN = 1000  # rows of a batch, where memory allows them
+DECODED = 64  # at a time, where memory allows them; more are no faster
+
+
+class NotFiniteError(ValueError):
+    """Images that are not finite numbers; the message is one line."""
 
 
 class Drawer:
@@ -38,7 +45,8 @@ class Drawer:
         """
         self.trained = trained
         self._loop = build.sampler(config or trained.config, trace=trace, num_known=num_known)
-        self._run = compiled.Compiled(self._draw, trained.mesh)
+        self._sample = compiled.Compiled(self._tokens, trained.mesh)
+        self._decode = compiled.Compiled(_pixels, trained.mesh)
 
     def __call__(
         self,
@@ -48,10 +56,26 @@ class Drawer:
         seed: int,
         first_row: int = 0,
         known: mar_sampling.Known | None = None,
-    ) -> tuple[jax.Array, sampled_lib.Sampled]:
-        """Draws one image in [-1, 1] per prompt, and what the loop left.
+    ) -> tuple[UInt8[np.ndarray, "n height width channels"], sampled_lib.Sampled]:
+        """Draws one image per prompt, in one batch, and what the loop left.
 
-        Image i depends on (seed, first_row + i, its prompt) alone, unless the refiner mixes rows.
+        Arguments and errors are those of `sample`.
+        """
+        drawn = self.sample(refiner, prompt, seed=seed, first_row=first_row, known=known)
+        return self.decode(drawn.tokens), drawn
+
+    def sample(
+        self,
+        refiner: types.Refiner,
+        prompt: types.Prompt,
+        *,
+        seed: int,
+        first_row: int = 0,
+        known: mar_sampling.Known | None = None,
+    ) -> sampled_lib.Sampled:
+        """Draws the tokens of one image per prompt, in one batch.
+
+        Row i depends on (seed, first_row + i, its prompt) alone, unless the refiner mixes rows.
 
         Args:
           known: One row of tokens to keep, the same for all images.
@@ -59,20 +83,38 @@ class Drawer:
         Raises:
           build.ConfigError: A label is not a class.
         """
+        check_seed(seed)
         if not isinstance(prompt, types.Caption):
             check_labels(np.asarray(prompt), self.trained.config.data.num_classes)
-        mesh = self.trained.mesh
-        spread = types.num_rows(prompt) % mesh_lib.num_batch_shards(mesh) == 0
-        place = mesh_lib.batch_sharding(mesh) if spread else mesh_lib.replicated(mesh)
-        return self._run(
-            self.trained.params,
-            self.trained.tokenizer,
-            refiner,
-            jax.random.key(seed),
-            jax.device_put(prompt, place),
-            first_row,
-            known,
+        return self._sample(*self._arguments(refiner, prompt, seed, first_row, known))
+
+    def decode(self, tokens: types.Tokens) -> UInt8[np.ndarray, "n height width channels"]:
+        """The images of tokens, as many at a time as memory allows; they leave the device as uint8.
+
+        Raises:
+          NotFiniteError: Of some image a pixel is not a finite number.
+        """
+        mesh, tokens = self.trained.mesh, jax.device_get(tokens)
+        num_rows = len(jax.tree.leaves(tokens)[0])
+
+        def piece(start: int, size: int) -> tuple[types.Tokenizer, types.Tokens]:
+            part = _rows(tokens, start, size)
+            return self.trained.tokenizer, jax.device_put(part, mesh_lib.batch_sharding(mesh))
+
+        size = memory.batch_size(
+            lambda size: self._decode.lower(*piece(0, size)), num_rows, at_most=DECODED, mesh=mesh
         )
+        pieces = [self._decode(*piece(start, size)) for start in range(0, num_rows, size)]
+        image_uint8, finite = (
+            np.concatenate([np.asarray(x) for x in parts])[:num_rows]
+            for parts in zip(*pieces, strict=True)
+        )
+        if not finite.all():
+            raise NotFiniteError(
+                f"{np.sum(~finite)} of {num_rows} images are not finite: look at the weights and "
+                "at the sampling section"
+            )
+        return image_uint8
 
     def images(
         self,
@@ -83,24 +125,57 @@ class Drawer:
         batch_size: int | None = None,
         known: mar_sampling.Known | None = None,
     ) -> UInt8[np.ndarray, "n height width channels"]:
-        """The images alone, as uint8 on the host, drawn in batches of one size."""
+        """The images alone, drawn in batches of one size.
+
+        Args:
+          batch_size: None for at most 1000, and fewer where they would take more than half of a
+            device's memory; a refiner that mixes rows then gets all of them.
+        """
         num_rows = types.num_rows(prompt)
-        batch_size = batch_size or num_rows
+        if batch_size is None:
+            batch_size = self._batch_size(refiner, prompt, known)
         drawn = []
         for start in range(0, num_rows, batch_size):
             # The last batch is filled up, so that the loop compiles once.
-            rows = np.minimum(np.arange(start, start + batch_size), num_rows - 1)
-            part = jax.tree.map(lambda x, rows=rows: x[rows], prompt)
-            image, _ = self(refiner, part, seed=seed, first_row=start, known=known)
-            drawn.append(images.image_to_uint8(np.asarray(image)[: num_rows - start]))
+            part = _rows(prompt, start, batch_size)
+            image_uint8, _ = self(refiner, part, seed=seed, first_row=start, known=known)
+            drawn.append(image_uint8[: num_rows - start])
         return np.concatenate(drawn)
 
-    def _draw(self, params, tokenizer, refiner, rng, prompt, first_row, known):
+    def _batch_size(
+        self, refiner: types.Refiner, prompt: types.Prompt, known: mar_sampling.Known | None
+    ) -> int:
+        num_rows = types.num_rows(prompt)
+        if isinstance(refiner, refiners.InBatch):
+            return num_rows
+
+        def lower(size: int) -> jax.stages.Lowered:
+            arguments = self._arguments(refiner, _rows(prompt, 0, size), 0, 0, known)
+            return self._sample.lower(*arguments)
+
+        return memory.batch_size(lower, num_rows, at_most=DRAWN, mesh=self.trained.mesh)
+
+    def _arguments(
+        self,
+        refiner: types.Refiner,
+        prompt: types.Prompt,
+        seed: int,
+        first_row: int,
+        known: mar_sampling.Known | None,
+    ) -> tuple[Any, ...]:
+        """Of the compiled loop; a batch that cannot be cut evenly lies whole on every device."""
+        mesh, trained, num_rows = self.trained.mesh, self.trained, types.num_rows(prompt)
+        even = num_rows == mesh_lib.spread_over(mesh, num_rows)
+        place = mesh_lib.batch_sharding(mesh) if even else mesh_lib.replicated(mesh)
+        prompt, rng = jax.device_put(prompt, place), jax.random.key(seed)
+        return trained.params, trained.tokenizer, refiner, rng, prompt, first_row, known
+
+    def _tokens(self, params, tokenizer, refiner, rng, prompt, first_row, known):
         given: dict[str, Any] = {}
         if known is not None:
             num_rows = types.num_rows(prompt)
             given["known"] = jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=0), known)
-        sampled = self._loop(
+        return self._loop(
             params,
             rng,
             prompt,
@@ -109,7 +184,33 @@ class Drawer:
             first_row=first_row,
             **given,
         )
-        return tokenizer.decode(sampled.tokens), sampled
+
+
+def to_uint8(
+    image: Float[Array, "n height width channels"],
+) -> UInt8[Array, "n height width channels"]:
+    """What `data.images.image_to_uint8` gives, on the device: a fourth of the bytes leave it."""
+    levels = jnp.round((image.astype(jnp.float32) + 1.0) * 127.5)
+    return jnp.clip(levels, 0, 255).astype(jnp.uint8)
+
+
+def _pixels(
+    tokenizer: types.Tokenizer, tokens: types.Tokens
+) -> tuple[UInt8[Array, "n height width channels"], Bool[Array, " n"]]:
+    """Images, and which of them are finite."""
+    image = tokenizer.decode(tokens)
+    return to_uint8(image), jnp.isfinite(image).all(axis=(1, 2, 3))
+
+
+def _rows(tree: Any, start: int, size: int) -> Any:
+    """Rows from `start` on; behind the last, the last again."""
+    return jax.tree.map(lambda x: x[np.minimum(np.arange(start, start + size), len(x) - 1)], tree)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for a seed of which a key would keep only a part."""
+    if not 0 <= seed < 2**32:
+        raise build.ConfigError(f"seed {seed} must be from 0 to {2**32 - 1}")
 
 
 def check_labels(label: Int[np.ndarray, " n"], count: int) -> None:

@@ -1,18 +1,25 @@
 """How the samples of a run are made, and what they are compared with."""
 
+import concurrent.futures
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float32, Int
 
-from arcond_jax import build
-from arcond_jax.data import pipeline
-from arcond_jax.evaluation import card
+from arcond_jax import atomic, build
+from arcond_jax.data import images, pipeline
+from arcond_jax.evaluation import card, features, samples
 from arcond_jax.evaluation import classifier as classifier_lib
 from arcond_jax.run.restoring import Trained
 
 # Settings of the sampler that change no image.
 OF_SPEED = ("num_buckets",)
+# As many as a Frechet distance is usually made of; their small versions take 0.6 GB in colour.
+MAX_TRAIN_IMAGES = 50_000
+SHOWN_NAMES = 10  # of classes, on a card
+NUM_THREADS = 8  # that decode images
 
 
 def provenance(trained: Trained, config: build.Config, *, seed: int) -> card.Settings:
@@ -41,29 +48,94 @@ def provenance(trained: Trained, config: build.Config, *, seed: int) -> card.Set
     )
 
 
-def reference(config: build.Config, workdir: epath.PathLike) -> card.Reference:
-    """Real images to compare with, and a classifier of them that is kept with the run."""
-    workdir = epath.Path(workdir)
-    train_split, held_out = (build.source(config, split) for split in ("train", "held_out"))
-    path = workdir / "classifier.npz"
-    image, label = _all_of(train_split)
-    if path.exists():
-        classifier = classifier_lib.load(path)
-    else:
-        classifier = classifier_lib.train_classifier(
-            image, label, num_classes=config.data.num_classes, seed=config.seed
+def check_samples(drawn: samples.Samples, config: build.Config) -> None:
+    """Compares samples with the data of a config, before anything long is begun.
+
+    Raises:
+      ValueError: They are of another shape or of other classes, or too few to be scored.
+    """
+    if len(drawn.label) <= card.NUM_NEIGHBOURS:
+        raise ValueError(
+            f"{len(drawn.label)} samples are too few to be scored: draw at least "
+            f"{card.NUM_NEIGHBOURS + 1}, better thousands"
         )
-        classifier.save(path)
-    held_out_image, held_out_label = _all_of(held_out)
+    card.check_shape(drawn.image_uint8.shape[1:], build.image_shape(config))
+    if drawn.num_classes != config.data.num_classes:
+        raise ValueError(
+            f"the samples are of {drawn.num_classes} classes, the run of "
+            f"{config.data.num_classes}: their labels do not mean the same"
+        )
+    said = drawn.metadata.get("label_names")
+    known = build.source(config, "train").label_names
+    if said is not None and said != list(known):
+        raise ValueError(
+            f"the samples are of the classes {said!r:.60}, the run of {list(known)!r:.60}: their "
+            "labels do not mean the same"
+        )
+
+
+class _Images:
+    """Images of a split that are loaded as they are sliced, by several threads."""
+
+    def __init__(self, split: pipeline.Source, rows: Int[np.ndarray, " n"]):
+        self._split, self._rows = split, rows
+        self.label = split.label[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: slice) -> Float32[np.ndarray, "rows height width channels"]:
+        parts = [part for part in np.array_split(self._rows[rows], NUM_THREADS) if len(part)]
+        with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+            loaded = pool.map(lambda part: pipeline.load(self._split, part)["image"], parts)
+        return np.concatenate(list(loaded))
+
+
+def reference(config: build.Config, workdir: epath.PathLike) -> card.Reference:
+    """Real images to compare with, and a classifier of them that is kept with the run.
+
+    The training images are at most `MAX_TRAIN_IMAGES`, spread evenly over the split.
+
+    Raises:
+      ValueError: An image cannot be read, or the classifier there is of other data.
+      OSError: The classifier is still to be trained, and could not be kept.
+    """
+    train_split, held_out = (build.source(config, split) for split in ("train", "held_out"))
+    count = min(len(train_split), MAX_TRAIN_IMAGES)
+    train = _Images(train_split, np.arange(count) * len(train_split) // count)
     return card.reference(
-        held_out_image,
-        held_out_label,
-        image_train=image,
-        extractor=dataclasses.replace(classifier, trained_on=f"the {config.data.name} train split"),
-        name=f"{config.data.name}, held out",
+        _Images(held_out, np.arange(len(held_out))),
+        held_out.label,
+        image_train=train,
+        extractor=_classifier(config, epath.Path(workdir) / "classifier.npz", train),
+        name=f"{config.data.name}, held out: {_listed(train_split.label_names)}",
     )
 
 
-def _all_of(split: pipeline.Source) -> tuple[np.ndarray, np.ndarray]:
-    batch = next(pipeline.full_batches(split, len(split)))
-    return batch["image"], batch["label"]
+def _listed(names: Sequence[str]) -> str:
+    """A few names of classes, and how many more there are."""
+    shown, more = ", ".join(names[:SHOWN_NAMES]), len(names) - SHOWN_NAMES
+    return shown if more <= 0 else f"{shown} and {more} more"
+
+
+def _classifier(
+    config: build.Config, path: epath.Path, train: _Images
+) -> classifier_lib.Classifier:
+    """The classifier of a run, trained the first time."""
+    if path.exists():
+        classifier = classifier_lib.load(path)
+        if classifier.num_classes != config.data.num_classes:
+            raise ValueError(
+                f"{path} knows {classifier.num_classes} classes, the run has "
+                f"{config.data.num_classes}: remove it, to train another"
+            )
+    else:
+        atomic.check(path)
+        starts = range(0, len(train), features.BATCH_SIZE)
+        batches = (train[start : start + features.BATCH_SIZE] for start in starts)
+        image = np.concatenate([images.shrink(batch, features.SMALL) for batch in batches])
+        classifier = classifier_lib.train_classifier(
+            image, train.label, num_classes=config.data.num_classes, seed=config.seed
+        )
+        classifier.save(path)
+    return dataclasses.replace(classifier, trained_on=f"the {config.data.name} train split")

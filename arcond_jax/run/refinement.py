@@ -19,7 +19,7 @@ from arcond_jax.build import transport as transport_lib
 from arcond_jax.data import pipeline
 from arcond_jax.parallel import compiled, processes
 from arcond_jax.parallel import mesh as mesh_lib
-from arcond_jax.run import drawing
+from arcond_jax.run import drawing, restoring
 from arcond_jax.run.restoring import Trained
 from arcond_jax.transport import bank as bank_lib
 from arcond_jax.transport import inverse, refiners
@@ -56,7 +56,8 @@ def _condition_batches(
 
     run = compiled.Compiled(run, trained.mesh)
     source = build.source(trained.config, split)
-    batches = pipeline.full_batches(source, CONDITIONS_BATCH, at_most=at_most)
+    batch_size = mesh_lib.spread_over(trained.mesh, CONDITIONS_BATCH)
+    batches = pipeline.full_batches(source, batch_size, at_most=at_most)
     for number, batch in enumerate(batches):
         placed = processes.put_batch({k: batch[k] for k in ("image", "label")}, trained.mesh)
         rng = jax.random.fold_in(jax.random.key(CONDITIONS_SEED), number)
@@ -72,11 +73,13 @@ def filled_bank(trained: Trained) -> Any:
     bank = build.empty_bank(trained.config)
     if bank is None:
         raise build.ConfigError("transport.kind is none, and without refinement there is no bank")
-    return bank.fill(
+    filled = bank.fill(
         lambda at_most: _condition_batches(trained, "train", at_most=at_most),
         functools.partial(compiled.Compiled, mesh=trained.mesh),
         num_classes=trained.config.data.num_classes,
     )
+    # Where jax counts in 64 bits too, a bank has the types of an empty one.
+    return jax.tree.map(lambda x, to: x.astype(to.dtype), filled, bank)
 
 
 def calibrate(trained: Trained, config: build.Config | None = None) -> types.Refiner:
@@ -92,7 +95,7 @@ def calibrate(trained: Trained, config: build.Config | None = None) -> types.Ref
     if kind.unfitted is not None:
         return kind.unfitted(bank, transport_lib.options(config))
     calibrator, label = _calibrator(trained, bank)
-    _, sampled = drawing.Drawer(trained)(calibrator, label, seed=CALIBRATION_SEED)
+    sampled = drawing.Drawer(trained).sample(calibrator, label, seed=CALIBRATION_SEED)
     return calibrator.finish(sampled.refiner_state)
 
 
@@ -100,7 +103,7 @@ def _fitting_bank(trained: Trained) -> Any:
     """The stored bank, or one filled now if that is empty or has other slots, groups or atoms."""
     wanted, bank = jax.eval_shape(lambda: build.empty_bank(trained.config)), trained.bank
     shapes, found = ([x.shape for x in jax.tree.leaves(tree)] for tree in (wanted, bank))
-    if bank is not None and found == shapes and int(bank.count.min()) > 0:
+    if bank is not None and found == shapes:
         return bank
     logging.info("filling the bank of ideal conditions from the training split")
     return filled_bank(trained)
@@ -117,15 +120,44 @@ def _calibrator(trained: Trained, bank: Any) -> tuple[refiners.Calibrator, Int[n
     return transport_lib.calibrator(config, bank, operators), label.astype(np.int32)
 
 
+def save_bank(trained: Trained, workdir: epath.PathLike) -> None:
+    """Writes the bank of a trained model, in place of one of an earlier checkpoint or config."""
+    folder = restoring.bank_folder(workdir, trained.step)
+    if folder.exists():
+        folder.rmtree()
+    settings = restoring.bank_settings(trained.config)
+    checkpoint.save_tree(str(folder), trained.bank, settings)
+    _remove_others(folder)
+
+
 def save_refiner(
     trained: Trained, workdir: epath.PathLike, config: build.Config, refiner: types.Refiner
 ) -> None:
-    """Writes a calibrated refiner with the settings it holds for, in place of an earlier one."""
-    workdir = epath.Path(workdir)
-    directory = workdir / "refiner"
-    if directory.exists():
-        directory.rmtree()
-    checkpoint.save_tree(str(directory), refiner, _refiner_settings(trained, config))
+    """Writes a calibrated refiner with the settings it holds for, in place of an earlier one.
+
+    Each has a numbered folder of its own, which appears when it is whole; only then the earlier
+    one goes.
+    """
+    parent = epath.Path(workdir) / "refiner"
+    folder = parent / str(1 + max(_numbers(parent), default=0))
+    checkpoint.save_tree(str(folder), refiner, _refiner_settings(trained, config))
+    _remove_others(folder)
+
+
+def _refiner_folder(workdir: epath.PathLike) -> epath.Path:
+    """Where the refiner lies; earlier versions had it without a number."""
+    parent = epath.Path(workdir) / "refiner"
+    return max(((n, parent / str(n)) for n in _numbers(parent)), default=(0, parent))[1]
+
+
+def _numbers(parent: epath.Path) -> list[int]:
+    return [int(x.name) for x in parent.iterdir() if x.name.isdigit()] if parent.is_dir() else []
+
+
+def _remove_others(folder: epath.Path) -> None:
+    for other in folder.parent.iterdir():
+        if other.name != folder.name:
+            other.rmtree() if other.is_dir() else other.unlink()
 
 
 def load_refiner(trained: Trained, workdir: epath.PathLike, config: build.Config) -> types.Refiner:
@@ -138,7 +170,7 @@ def load_refiner(trained: Trained, workdir: epath.PathLike, config: build.Config
     workdir = epath.Path(workdir)
     if transport_lib.kind_of(config).maps is None:
         return calibrate(trained, config)  # nothing is fitted
-    directory = workdir / "refiner"
+    directory = _refiner_folder(workdir)
     if not directory.exists():
         raise build.ConfigError(
             f"{workdir} has no calibrated refiner: run `arcond calibrate --checkpoint {workdir}` "

@@ -1,11 +1,13 @@
 """What lies in a working directory, opened for sampling or to be continued.
 
-A working directory holds `checkpoints/` (everything needed to continue, and the bank once training
-is done), `metrics.jsonl`, pictures, and `refiner/` once it is calibrated. One of converted weights
-holds `weights/` instead of checkpoints, and can be sampled and calibrated like any other.
+A working directory holds `checkpoints/` (everything needed to continue), `bank/` (ideal
+conditions, once training is done), `metrics.jsonl`, pictures, and `refiner/` once it is calibrated.
+One of converted weights holds `weights/` instead of checkpoints, and can be sampled and calibrated
+like any other.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,6 +19,8 @@ from arcond_jax import build, checkpoint, types
 from arcond_jax import config as config_lib
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.build import tokens
+from arcond_jax.data import class_names
+from arcond_jax.parallel import memory
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.training import state as state_lib
 
@@ -27,6 +31,8 @@ FREE_KEYS = (
     "data.captions",
     "tokenizer.path",
     "training.num_train_steps",
+    "training.learning_rate",
+    "training.clip_norm",
     "training.log_every",
     "training.samples_every",
     "training.checkpoint_every",
@@ -38,7 +44,8 @@ FREE_KEYS = (
 class Trained:
     """A trained model as sampling needs it; `params` is the average, not the last iterate.
 
-    The bank is None, or of another shape than the config's, until it is calibrated.
+    The bank is None until it is filled. `class_names` are those of the labels, None where they are
+    not known.
     """
 
     config: build.Config
@@ -47,6 +54,7 @@ class Trained:
     params: types.Params
     bank: Any
     step: int
+    class_names: tuple[str, ...] | None = None
 
 
 def restore(
@@ -60,7 +68,7 @@ def restore(
       step: None for the latest.
 
     Raises:
-      checkpoint.CheckpointError: Nothing there, damaged, or of another model.
+      checkpoint.CheckpointError: Nothing there, damaged, not finite, or of another model.
       build.ConfigError: The config is not that of the run, or names no tokenizer.
     """
     workdir = epath.Path(workdir)
@@ -70,8 +78,10 @@ def restore(
         check_same_run(config, saved, workdir)
         mesh = build.mesh(config)
         params = params_of(workdir, config, mesh)
+        config = for_platform(config, params, mesh)
         tokenizer = jax.device_put(build.tokenizer(config), mesh_lib.replicated(mesh))
-        return Trained(config, mesh, tokenizer, params, bank=None, step=0)
+        bank = load_bank(workdir, config, mesh, step=0)
+        return Trained(config, mesh, tokenizer, params, bank, 0, saved_lib.class_names(saved))
     with checkpoint.Checkpoints(f"{workdir}/checkpoints") as checkpoints:
         saved = checkpoints.config(step)
         config = config or saved_lib.load(saved)
@@ -81,8 +91,57 @@ def restore(
         restored = read_run(
             checkpoints, config, saved, mesh, step=step, unread=("params", "opt_state")
         )
-    state = restored.state
-    return Trained(config, mesh, restored.tokenizer, state.ema, state.bank, restored.step)
+    step, params = restored.step, restored.state.ema
+    tokens.check_finite(params, f"{workdir} at step {step}")
+    bank = load_bank(workdir, config, mesh, step=step)
+    names = saved_lib.class_names(saved)
+    return Trained(config, mesh, restored.tokenizer, params, bank, step, names)
+
+
+def bank_folder(workdir: epath.PathLike, step: int) -> epath.Path:
+    """Where the bank of a checkpoint lies, if it was filled."""
+    return epath.Path(workdir) / "bank" / str(step)
+
+
+def load_bank(workdir: epath.PathLike, config: build.Config, mesh: Mesh, *, step: int) -> Any:
+    """The bank of a checkpoint; None if there is none of the config's slots, groups and atoms."""
+    folder = bank_folder(workdir, step)
+    shapes = jax.eval_shape(lambda: build.empty_bank(config))
+    if shapes is None or not folder.is_dir():
+        return None
+    settings = bank_settings(config)
+    if checkpoint.load_metadata(str(folder)) != settings:
+        return None
+    return checkpoint.load_tree(str(folder), _whole(shapes, mesh))
+
+
+def bank_settings(config: build.Config) -> dict[str, Any]:
+    """What the shape of a bank follows from, as JSON."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: build.empty_bank(config)))
+    return {"kind": str(structure), "shapes": [list(x.shape) for x in leaves]}
+
+
+def _whole(shapes: Any, mesh: Mesh) -> Any:
+    place = mesh_lib.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+
+def for_platform(config: build.Config, params: types.Params, mesh: Mesh) -> build.Config:
+    """The config that converted weights are computed with: on a CPU its fast one.
+
+    Their configs are those of training on accelerators: bfloat16, which CPUs emulate, and a scan
+    over the layers, which cuts each layer's weights out of the stack at every token. On a CPU they
+    compute in float32, and unrolled where there is memory for a second copy of the weights. Neither
+    changes a parameter. Runs keep what they were trained with, as do the conditions in their banks.
+    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return config
+    settings: dict[str, Any] = {"training.dtype": "float32"}
+    copied = sum(x.nbytes for x in jax.tree.leaves(params))
+    room = memory.share(copied, beside=copied, mesh=mesh) <= memory.SHARE
+    if room and "depth" in config.model:  # MAR has two
+        settings["model.unroll"] = config.model.depth
+    return build.changed(config, settings)
 
 
 def is_converted(workdir: epath.PathLike) -> bool:
@@ -100,15 +159,17 @@ def params_of(workdir: epath.PathLike, config: build.Config, mesh: Mesh) -> type
 
 def config_for(workdir: epath.PathLike, path: str | None, overrides: list[str]) -> build.Config:
     """The config to sample a run with: a file's, or the run's own, with overrides on top."""
-    workdir = epath.Path(workdir)
     if path is not None:
         return build.load_config(path, overrides)
+    return build.with_overrides(saved_lib.load(saved_config(workdir)), overrides)
+
+
+def saved_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """The config beside the latest checkpoint or the converted weights, as it was saved."""
     if is_converted(workdir):
-        saved = checkpoint.load_metadata(f"{workdir}/{tokens.WEIGHTS}")["config"]
-    else:
-        with checkpoint.Checkpoints(f"{workdir}/checkpoints") as checkpoints:
-            saved = checkpoints.config()
-    return build.with_overrides(saved_lib.load(saved), overrides)
+        return checkpoint.load_metadata(f"{workdir}/{tokens.WEIGHTS}")["config"]
+    with checkpoint.Checkpoints(f"{workdir}/checkpoints") as checkpoints:
+        return checkpoints.config()
 
 
 def read_run(
@@ -122,19 +183,14 @@ def read_run(
 ) -> checkpoint.Restored:
     """A checkpoint of this version or an earlier one, in the places of the mesh.
 
-    The bank has the shape of the config it was saved with.
-
     Args:
       saved: The config beside it.
       unread: Branches of the state that stay on disk.
     """
-    whole = mesh_lib.replicated(mesh)
-    tokenizer = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-        build.abstract_tokenizer(config),
-    )
-    state = state_lib.abstract_on(build.abstract_state(saved_lib.load(saved)), mesh)
+    tokenizer = _whole(build.abstract_tokenizer(config), mesh)
+    state = state_lib.abstract_on(build.abstract_state(config), mesh)
     then = saved_lib.trees_then(saved, state, tokenizer, config)
+    unread = (*unread, *saved_lib.dropped(saved))
     restored = checkpoints.restore(then[0], abstract_tokenizer=then[1], step=step, unread=unread)
     now = saved_lib.trees_now(
         saved, (restored.state, restored.tokenizer), (state, tokenizer), config
@@ -142,9 +198,49 @@ def read_run(
     return dataclasses.replace(restored, state=now[0], tokenizer=now[1])
 
 
+def class_names_of(workdir: epath.PathLike) -> tuple[str, ...] | None:
+    """What the classes of a directory's model are called; None where nobody said.
+
+    Official weights of 1,000 classes are of ImageNet.
+    """
+    saved = saved_config(workdir)
+    names = saved_lib.class_names(saved)
+    if names is not None:
+        return class_names.spoken(names)
+    if is_converted(workdir) and saved_lib.load(saved).data.num_classes == class_names.NUM_CLASSES:
+        return class_names.imagenet()
+    return None
+
+
+def check_same_classes(
+    names: tuple[str, ...] | None, saved: Mapping[str, Any], workdir: epath.PathLike
+) -> None:
+    """Raises ConfigError, naming the first that differs, if a directory's run has other classes.
+
+    Args:
+      names: Of the classes here; None where they are not known.
+      saved: The config that was saved with the run.
+    """
+    known = saved_lib.class_names(saved)
+    if names is None or known is None or names == known:
+        return
+    pairs = itertools.zip_longest(known, names)
+    number, (theirs, ours) = next((i, x) for i, x in enumerate(pairs) if x[0] != x[1])
+    raise build.ConfigError(
+        f"{workdir} holds a run whose class {number} is {theirs!r}, here it is {ours!r}: a "
+        "label is the number of a class folder in the order of names, so use the same folders"
+    )
+
+
 def check_same_run(config: build.Config, saved: Mapping[str, Any], workdir: epath.Path) -> None:
     """Raises ConfigError, naming the key, if a directory holds a run of another config."""
     ours, theirs = config_lib.flat(config), config_lib.flat(saved_lib.load(saved))
+    clip_norm = "training.clip_norm"
+    if (ours[clip_norm] is None) != (theirs[clip_norm] is None):
+        raise build.ConfigError(
+            f"{workdir} holds a run with {clip_norm}={theirs[clip_norm]}, the config says "
+            f"{ours[clip_norm]}: a limit may change, but not come or go (1e9 limits nothing)"
+        )
     for name in sorted(ours | theirs):
         section = name.split(".")[0]
         if section in FREE_SECTIONS or name in FREE_KEYS:

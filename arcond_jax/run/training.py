@@ -19,14 +19,18 @@ from arcond_jax.data import pipeline
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.parallel import processes
 from arcond_jax.run import captions as captions_lib
-from arcond_jax.run import drawing, refinement, restoring
-from arcond_jax.training import loop
+from arcond_jax.run import drawing, exclusive, refinement, restoring
+from arcond_jax.run import initial as initial_lib
+from arcond_jax.training import loop, stopping
 from arcond_jax.training import state as state_lib
 from arcond_jax.transport import refiners
 
-SAMPLES_PER_CLASS = 10  # on the sheets drawn while training
+# On the sheets drawn while training.
+SAMPLES_PER_CLASS = 10
+MAX_CLASSES = 20  # the first ones
 
-Show = Callable[[int, UInt8[np.ndarray, "n height width channels"], np.ndarray], None]
+Images = UInt8[np.ndarray, "n height width channels"]
+Show = Callable[[int, Images, np.ndarray, tuple[str, ...] | None], None]
 
 
 def train(
@@ -34,34 +38,50 @@ def train(
     workdir: epath.PathLike,
     *,
     show: Show | None = None,
-    init_from: epath.PathLike | None = None,
+    start_from: initial_lib.Initial | None = None,
+    restart_from: int | None = None,
 ) -> bool:
     """Trains to `training.num_train_steps`, from the last checkpoint in `workdir` if there is one.
 
     Args:
-      init_from: A working directory whose averaged parameters a fresh run starts with.
-      show: Called with (step, images, labels) every `training.samples_every` steps.
+      show: Called with (step, images, labels, names of the classes or None) every
+        `training.samples_every` steps.
+      start_from: Weights that a fresh run starts with.
+      restart_from: Step of an earlier checkpoint to go on from; later ones are removed.
 
     Returns:
-      Whether the run is complete; False if it was told to stop (SIGTERM), with everything saved.
+      Whether the run is complete; False if it was told to stop (SIGTERM, SIGINT or SIGHUP), with
+      everything saved.
 
     Raises:
-      build.ConfigError: The working directory holds a run of another config.
+      build.ConfigError: The working directory holds a run of another config or of other classes,
+        another run is training there, or the weights to start from do not fit.
       checkpoint.CheckpointError: It cannot be written or read.
-      loop.DivergedError: The gradients stopped being finite.
+      loop.DivergedError: Gradients stopped being finite.
     """
     workdir = epath.Path(workdir)
     # What a config can get wrong shows before anything is written.
     build.check_trained(config)
-    mesh, settings = build.mesh(config), config.training
+    mesh, settings = build.training_mesh(config), config.training
     captions = captions_lib.of_training(config)
     batches = _Batches(config, mesh, captions)
-    with checkpoint.Checkpoints(
-        f"{workdir}/checkpoints", every=settings.checkpoint_every, keep=settings.checkpoints_kept
-    ) as checkpoints:
-        state, tokenizer = _opened(config, workdir, checkpoints, batches, init_from)
-        if int(state.step) >= settings.num_train_steps:
-            return True
+    fresh = None
+    if not checkpoint.has_steps(f"{workdir}/checkpoints"):
+        if restart_from is not None:
+            raise build.ConfigError(f"{workdir} has no checkpoint to restart from")
+        fresh = _fresh(config, batches, start_from)
+    with (
+        stopping.Stop() as stop,
+        exclusive.only_run(workdir),
+        checkpoint.Checkpoints(
+            f"{workdir}/checkpoints",
+            every=settings.checkpoint_every,
+            keep=settings.checkpoints_kept,
+        ) as checkpoints,
+    ):
+        state, tokenizer = fresh or _resumed(config, workdir, checkpoints, batches, restart_from)
+        tokenizer = jax.device_put(tokenizer, mesh_lib.replicated(mesh))
+        saved_config = saved_lib.dump(config, batches.class_names)
 
         def save(step: int, state: state_lib.TrainState) -> None:
             checkpoints.save(
@@ -69,64 +89,101 @@ def train(
                 state=state,
                 tokenizer=tokenizer,
                 data=batches.get_state(),
-                config=saved_lib.dump(config),
+                config=saved_config,
                 force=True,
             )
 
-        if int(state.step) == 0:
-            save(0, state)  # from here on the tokenizer is never fitted again
-        text = json.dumps(saved_lib.dump(config), indent=2) + "\n"
-        (workdir / "config.json").write_text(text)
-        logging.info("parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
+        complete = int(state.step) >= settings.num_train_steps
+        if not complete:
+            if int(state.step) == 0:
+                save(0, state)  # from here on the tokenizer is never fitted again
+            _describe(workdir, saved_config, state)
+            step_fn = build.train_step(config, mesh, tokenizer)
+            state, complete = loop.train(
+                state,
+                batches,
+                step_fn=lambda state, batch: step_fn(state, tokenizer, batch),
+                num_train_steps=settings.num_train_steps,
+                intervals=loop.Intervals(
+                    log=settings.log_every,
+                    samples=settings.samples_every,
+                    checkpoint=settings.checkpoint_every,
+                ),
+                save=save,
+                draw_samples=_sheets(
+                    _trained(config, mesh, tokenizer, state, batches), captions, show
+                ),
+                stop=stop,
+                workdir=workdir,
+            )
+        checkpoints.wait()
+        if complete and not stop:
+            _fill_bank(_trained(config, mesh, tokenizer, state, batches), workdir)
+        return complete and not stop
 
-        step_fn = build.train_step(config, mesh, tokenizer)
-        trained = restoring.Trained(config, mesh, tokenizer, state.ema, state.bank, int(state.step))
-        state, complete = loop.train(
-            state,
-            batches,
-            step_fn=lambda state, batch: step_fn(state, tokenizer, batch),
-            num_train_steps=settings.num_train_steps,
-            intervals=loop.Intervals(
-                log=settings.log_every,
-                samples=settings.samples_every,
-                checkpoint=settings.checkpoint_every,
-            ),
-            save=save,
-            draw_samples=_sheets(trained, captions, show),
-            workdir=workdir,
-        )
-        if complete:
-            trained = dataclasses.replace(trained, params=state.ema)
-            bank = None if state.bank is None else refinement.filled_bank(trained)
-            save(settings.num_train_steps, dataclasses.replace(state, bank=bank))
-        return complete
+
+def _fresh(
+    config: build.Config, batches: "_Batches", start_from: initial_lib.Initial | None
+) -> tuple[state_lib.TrainState, types.Tokenizer]:
+    """A state and a tokenizer to begin with; nothing is written yet."""
+    mesh, tokenizer = batches.mesh, None
+    state = build.train_state(config, mesh)
+    if start_from is not None:
+        params = initial_lib.params(start_from, config, state.params, mesh, batches.class_names)
+        state = state_lib.with_params(state, params)
+        tokenizer = initial_lib.tokenizer(start_from, config)
+    return state, tokenizer or build.tokenizer(config)
 
 
-def _opened(
+def _resumed(
     config: build.Config,
     workdir: epath.Path,
     checkpoints: checkpoint.Checkpoints,
     batches: "_Batches",
-    init_from: epath.PathLike | None,
+    restart_from: int | None,
 ) -> tuple[state_lib.TrainState, types.Tokenizer]:
-    """The state and tokenizer to go on with: those of the last checkpoint, or fresh ones.
-
-    The batches go on where the checkpoint was.
-    """
-    mesh = batches.mesh
-    if checkpoints.latest_step() is None:
-        state, tokenizer = build.train_state(config, mesh), build.tokenizer(config)
-        if init_from is not None:
-            params = restoring.params_of(epath.Path(init_from), config, mesh)
-            state = state_lib.with_params(state, params)
-    else:
-        saved = checkpoints.config()
-        restoring.check_same_run(config, saved, workdir)
-        restored = restoring.read_run(checkpoints, config, saved, mesh)
-        state, tokenizer = restored.state, restored.tokenizer
-        batches.set_state(restored.data)
+    """The state and tokenizer of a checkpoint; the batches go on where it was."""
+    saved = checkpoints.config(restart_from)
+    restoring.check_same_run(config, saved, workdir)
+    restoring.check_same_classes(batches.class_names, saved, workdir)
+    restored = restoring.read_run(checkpoints, config, saved, batches.mesh, step=restart_from)
+    batches.set_state(restored.data)
+    if restart_from is None:
         logging.info("resuming at step %d", restored.step)
-    return state, jax.device_put(tokenizer, mesh_lib.replicated(mesh))
+    else:
+        removed = checkpoints.remove_after(restart_from)
+        logging.info("restarting at step %d; removed: %s", restart_from, removed)
+    return restored.state, restored.tokenizer
+
+
+def _describe(
+    workdir: epath.Path, saved_config: dict[str, Any], state: state_lib.TrainState
+) -> None:
+    """What is trained, on disk and in the log."""
+    (workdir / "config.json").write_text(json.dumps(saved_config, indent=2) + "\n")
+    logging.info("parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
+
+
+def _trained(
+    config: build.Config,
+    mesh: Mesh,
+    tokenizer: types.Tokenizer,
+    state: state_lib.TrainState,
+    batches: "_Batches",
+) -> restoring.Trained:
+    """The model of the moment."""
+    step = int(state.step)
+    return restoring.Trained(config, mesh, tokenizer, state.ema, None, step, batches.class_names)
+
+
+def _fill_bank(trained: restoring.Trained, workdir: epath.Path) -> None:
+    """Fills the bank of a complete run, unless there is none or it is there already."""
+    config, mesh, step = trained.config, trained.mesh, trained.step
+    if config.transport.kind == "none":
+        return
+    if restoring.load_bank(workdir, config, mesh, step=step) is None:
+        bank = refinement.filled_bank(trained)
+        refinement.save_bank(dataclasses.replace(trained, bank=bank), workdir)
 
 
 def _sheets(
@@ -134,13 +191,19 @@ def _sheets(
 ) -> Callable[[int, state_lib.TrainState], None]:
     """Draws a few images of each class with the parameters of the moment."""
     drawer = drawing.Drawer(trained)
-    label = np.repeat(np.arange(trained.config.data.num_classes), SAMPLES_PER_CLASS)
+    num_classes = min(trained.config.data.num_classes, MAX_CLASSES)
+    label = np.repeat(np.arange(num_classes), SAMPLES_PER_CLASS)
 
     def draw(step: int, state: state_lib.TrainState) -> None:
         if show is not None:
             drawer.trained = dataclasses.replace(trained, params=state.ema, step=step)
             prompt = captions_lib.prompt_of(label, captions)
-            show(step, drawer.images(refiners.Identity(), prompt, seed=0), label)
+            try:
+                image_uint8 = drawer.images(refiners.Identity(), prompt, seed=0)
+            except drawing.NotFiniteError as error:  # no reason to lose the run
+                logging.warning("no samples at step %d: %s", step, error)
+            else:
+                show(step, image_uint8, label, trained.class_names)
 
     return draw
 
@@ -152,8 +215,10 @@ class _Batches:
         self, config: build.Config, mesh: Mesh, captions: captions_lib.Captions | None
     ) -> None:
         self.mesh, self._captions = mesh, captions
+        source = build.source(config, "train")
+        self.class_names = None if captions else tuple(source.label_names)
         self._iterator: Any = pipeline.train_iterator(
-            build.source(config, "train"),
+            source,
             global_batch_size=config.data.batch_size,
             seed=config.seed,
             process_index=jax.process_index(),

@@ -14,7 +14,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import sklearn.cluster
 from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import types
@@ -124,6 +123,8 @@ def _clusters(
     latents: Float[np.ndarray, "n c"], num_codes: int, *, seed: int
 ) -> tuple[Float[np.ndarray, "v c"], Float[np.ndarray, "v c"], Float[np.ndarray, "v c c"]]:
     """Centroids, and the mean and Cholesky factor of the latents nearest to each."""
+    import sklearn.cluster  # takes a second, and a fitted tokenizer does not need it
+
     kmeans = sklearn.cluster.KMeans(
         num_codes,
         n_init=NUM_RESTARTS,  # pyright: ignore[reportArgumentType]  # untyped; inferred as str

@@ -1,31 +1,35 @@
 """The train loop: data, step, and at fixed intervals log, pictures, checkpoint; resumes by itself.
 
 The order within a step is always the same: update, log, samples, save. A run that is stopped, by
-SIGTERM or by force, and started again gives the numbers of one that never stopped.
+a signal or by force, and started again gives the numbers of one that never stopped. Nothing is
+saved while updates are being skipped: parameters that lead nowhere would push out good ones.
 """
 
 import contextlib
 import dataclasses
-import signal
+import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import clu.metrics
 import jax
+import jax.numpy as jnp
 import tqdm
 from etils import epath
 
 from arcond_jax import types
 from arcond_jax.training import state as state_lib
+from arcond_jax.training import stopping
 from arcond_jax.training import writer as writer_lib
 
 MAX_SKIPPED_IN_A_ROW = 10
+MAX_SKIPPED_SHARE = 0.1  # of all updates; looked at where a line is logged
 
 
 class DivergedError(RuntimeError):
-    """Ten gradients in a row were not finite."""
+    """Ten gradients in a row, or a tenth of all, were not finite."""
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -53,6 +57,7 @@ def train(
     intervals: Intervals,
     save: Callable[[int, state_lib.TrainState], None],
     draw_samples: Callable[[int, state_lib.TrainState], None],
+    stop: stopping.Stop,
     workdir: epath.PathLike,
 ) -> tuple[state_lib.TrainState, bool]:
     """Runs from `state.step` to `num_train_steps`.
@@ -60,12 +65,14 @@ def train(
     Args:
       save: Called at checkpoint steps, at the last step and when told to stop.
       draw_samples: Called every `intervals.samples` steps.
+      stop: True once the run is told to stop.
 
     Returns:
-      The state, and whether the run is complete: False after SIGTERM, with everything saved.
+      The state, and whether the run is complete: False if it was told to stop, with everything
+      saved.
 
     Raises:
-      DivergedError: ten updates in a row were skipped.
+      DivergedError: Ten updates in a row were skipped, or a tenth of all.
     """
     step = int(state.step)
     writers = writer_lib.make_writers(workdir, resume_at=step)
@@ -74,10 +81,10 @@ def train(
     )
     interval = _Interval()
     skipped_before = 0
-    with _StopSignal() as stop, progress, contextlib.ExitStack() as at_exit:
+    with progress, contextlib.ExitStack() as at_exit:
         for writer in writers:
             at_exit.callback(writer.close)
-        while step < num_train_steps and not stop.received:
+        while step < num_train_steps and not stop:
             state, metrics = step_fn(state, next(iterator))
             step += 1
             progress.update()
@@ -89,35 +96,73 @@ def train(
 
             if step % intervals.log == 0 or step == num_train_steps:
                 scalars = interval.read_and_reset()
+                _check_few_skipped(scalars["skipped_updates"], step, workdir)
                 for writer in writers:
                     writer.write_scalars(step, scalars)
                     writer.flush()
                 progress.set_postfix(loss=f"{scalars['loss']:.4f}")
                 if progress.disable:
-                    print(f"step {step}/{num_train_steps}  loss {scalars['loss']:.4f}", flush=True)
+                    left = (num_train_steps - step) / scalars["steps_per_second"] / 60
+                    print(
+                        f"step {step}/{num_train_steps}  loss {scalars['loss']:.4f}"
+                        f"  {left:.0f} min left",
+                        flush=True,
+                    )
             if intervals.samples and step % intervals.samples == 0:
                 draw_samples(step, state)
             if step % intervals.checkpoint == 0 and step < num_train_steps:
-                save(step, state)
+                _save_unless_skipping(state, step, save)
     _check_not_diverged(skipped_before, step, workdir)
     complete = step >= num_train_steps
-    if not complete:
+    if complete and int(state.skipped_in_a_row) < 2:  # one may be chance
         save(step, state)
+    elif complete:
+        raise DivergedError(_diverged(f"the last {state.skipped_in_a_row} gradients", workdir))
+    else:
+        logging.info("%s: saving step %d", stop.signal, step)
+        _save_unless_skipping(state, step, save)
+    if int(state.skipped):
+        logging.warning(
+            "%d of %d updates were skipped: gradients not finite", state.skipped, state.step
+        )
     return state, complete
+
+
+def _save_unless_skipping(
+    state: state_lib.TrainState, step: int, save: Callable[[int, state_lib.TrainState], None]
+) -> None:
+    if int(state.skipped_in_a_row) == 0:
+        save(step, state)
+    else:
+        logging.warning("step %d is not saved: its update was skipped", step)
 
 
 def _check_not_diverged(skipped: jax.Array | int, step: int, workdir: epath.PathLike) -> None:
     if int(skipped) >= MAX_SKIPPED_IN_A_ROW:
-        raise DivergedError(
-            f"{MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite, the last at step {step}: "
-            "lower training.learning_rate or training.clip_norm and restart from the last "
-            f"checkpoint in {workdir}"
-        )
+        what = f"{MAX_SKIPPED_IN_A_ROW} gradients in a row, the last at step {step},"
+        raise DivergedError(_diverged(what, workdir))
+
+
+def _check_few_skipped(skipped: float, step: int, workdir: epath.PathLike) -> None:
+    if skipped > max(MAX_SKIPPED_IN_A_ROW, MAX_SKIPPED_SHARE * step):
+        raise DivergedError(_diverged(f"{skipped:.0f} of {step} gradients", workdir))
+
+
+def _diverged(what: str, workdir: epath.PathLike) -> str:
+    return (
+        f"{what} were not finite: run again with a lower training.learning_rate or "
+        f"training.clip_norm, which goes on from the last checkpoint in {workdir}, or from an "
+        "earlier one with --restart_from STEP"
+    )
 
 
 @jax.jit  # one dispatch a step, not one per metric
 def _averages(metrics: types.Metrics) -> dict[str, clu.metrics.Average]:
-    return {name: clu.metrics.Average.from_model_output(x) for name, x in metrics.items()}
+    """Averages of what is finite: a skipped update leaves no trace in them."""
+    return {
+        name: clu.metrics.Average.from_model_output(x[None], mask=jnp.isfinite(x)[None])
+        for name, x in metrics.items()
+    }
 
 
 @jax.jit
@@ -145,18 +190,3 @@ class _Interval:
         scalars["steps_per_second"] = self._count / seconds
         self.__init__()
         return scalars
-
-
-class _StopSignal:
-    """Turns SIGTERM into a flag for as long as the loop runs."""
-
-    def __enter__(self) -> "_StopSignal":
-        self.received = False
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
-        return self
-
-    def _receive(self, *_: Any) -> None:
-        self.received = True
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._previous)

@@ -1,7 +1,6 @@
-"""Everything a run needs to continue: parameters, their average, optimizer, bank, counters."""
+"""Everything a run needs to continue: parameters, their average, optimizer, counters."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, no_type_check
 
 import flax.linen as nn
@@ -24,9 +23,8 @@ class TrainState:
 
     Attributes:
       step: Updates tried so far, skipped ones included.
-      ema: Exponential average of `params`, float32; what samples and fills the bank.
+      ema: Exponential average of `params`, float32; what is sampled and refined.
       rng: Raw bits of the run's key; a step folds its number in.
-      bank: Bank of ideal conditions, empty until training is done; None without refinement.
       skipped_in_a_row, skipped: Updates left out because the gradient was not finite.
     """
 
@@ -35,7 +33,6 @@ class TrainState:
     ema: types.Params
     opt_state: Any
     rng: UInt32[Array, "..."]
-    bank: Any
     skipped_in_a_row: Int[Array, ""]
     skipped: Int[Array, ""]
 
@@ -43,17 +40,16 @@ class TrainState:
 def create(
     generator: types.Generator,
     optimizer: optax.GradientTransformation,
-    make_bank: Callable[[], Any],
     *,
     seed: int,
     mesh: Mesh,
 ) -> TrainState:
     """A fresh state, every array born in its shards."""
-    boxed = abstract(generator, optimizer, make_bank, seed=seed)
+    boxed = abstract(generator, optimizer, seed=seed)
     shardings = mesh_lib.tree_shardings(boxed, mesh)
 
     def init() -> TrainState:
-        return nn.unbox(_init(generator, optimizer, make_bank, jax.random.key(seed)))
+        return nn.unbox(_init(generator, optimizer, jax.random.key(seed)))
 
     return compiled.Compiled(init, mesh, out_shardings=shardings)()
 
@@ -61,12 +57,11 @@ def create(
 def abstract(
     generator: types.Generator,
     optimizer: optax.GradientTransformation,
-    make_bank: Callable[[], Any],
     *,
     seed: int = 0,
 ) -> TrainState:
     """Shapes and logical axes of the state, nothing computed."""
-    return jax.eval_shape(lambda: _init(generator, optimizer, make_bank, jax.random.key(seed)))
+    return jax.eval_shape(lambda: _init(generator, optimizer, jax.random.key(seed)))
 
 
 def abstract_on(boxed: Any, mesh: Mesh) -> Any:
@@ -86,7 +81,6 @@ def with_params(state: TrainState, params: types.Params) -> TrainState:
 def _init(
     generator: types.Generator,
     optimizer: optax.GradientTransformation,
-    make_bank: Callable[[], Any],
     rng: Key[Array, ""],
 ) -> TrainState:
     init_rng, run_rng = jax.random.split(rng)
@@ -98,7 +92,6 @@ def _init(
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         rng=jax.random.key_data(run_rng),
-        bank=make_bank(),
         skipped_in_a_row=zero,
         skipped=zero,
     )

@@ -2,7 +2,9 @@
 
 Every row has the map of its own group. Looked up row by row, the maps would be copied a thousand
 times per slot; in blocks each copy serves many rows, and the arithmetic is matrix products. The
-shapes depend on the sizes alone: b rows of g groups fill at most b // BLOCK_SIZE + g blocks.
+shapes depend on the sizes alone. A block holds as many rows as an even share of a group has, at
+most MAX_ROWS. Of b rows in g groups at most k = min(b, g) groups have any; each of these begins one
+block, and another block takes r more rows: blocks of r rows are at most k + (b - k) // r.
 
 The same layout serves mixtures of experts: Gale et al. (2023), "MegaBlocks", section 4.
 """
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK_SIZE = 32  # rows; a block's points and costs stay within a core's cache
+MAX_ROWS = 32  # of a block, whose points and costs then stay within a core's cache
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
@@ -30,17 +32,19 @@ class Blocks:
 def make(group: Int[Array, " b"], num_groups: int) -> Blocks:
     """Lays the rows of each group into its own blocks; `group` in [0, num_groups)."""
     num_rows = group.shape[0]
-    num_blocks = num_rows // BLOCK_SIZE + num_groups
+    size = min(MAX_ROWS, -(-num_rows // num_groups))
+    num_filled = min(num_rows, num_groups)
+    num_blocks = num_filled + (num_rows - num_filled) // size
     order = jnp.argsort(group, stable=True)
     counts = jnp.bincount(group, length=num_groups)
     first_row = jnp.cumsum(counts) - counts
-    last_block = jnp.cumsum(-(-counts // BLOCK_SIZE))
-    first_block = last_block - -(-counts // BLOCK_SIZE)
+    last_block = jnp.cumsum(-(-counts // size))
+    first_block = last_block - -(-counts // size)
 
     sorted_group = group[order]
     rank = jnp.arange(num_rows) - first_row[sorted_group]
-    block = first_block[sorted_group] + rank // BLOCK_SIZE
-    row = jnp.full((num_blocks, BLOCK_SIZE), num_rows).at[block, rank % BLOCK_SIZE].set(order)
+    block = first_block[sorted_group] + rank // size
+    row = jnp.full((num_blocks, size), num_rows).at[block, rank % size].set(order)
     block_group = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")
     return Blocks(row=row, group=jnp.minimum(block_group, num_groups - 1))
 

@@ -4,18 +4,17 @@ Comes in: costs |x - y|^2 / 2 and an entropy weight. Goes out: dual potentials, 
 biases of a softmax over the points (`barycenter`). Cuturi, "Sinkhorn Distances" (2013); the
 symmetric self-problem follows Feydy et al., "Interpolating between Optimal Transport and MMD"
 (2019). The number of iterations is fixed, so the loops need no communication when sharded.
+
+ott is imported where a problem is solved, since most commands solve none and it takes a second.
 """
 
 import math
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from ott.geometry import epsilon_scheduler, geometry
-from ott.problems.linear import linear_problem
-from ott.solvers.linear import acceleration, sinkhorn
 
 # Entropy weight of iteration i is epsilon * max(1, START * DECAY^i): the linear rate depends on the
 # range of the cost over epsilon, so a large weight first saves iterations. Two normal clouds of 100
@@ -83,8 +82,7 @@ def solve_target(
     Raises:
       ValueError: A cold start has too few iterations for epsilon to reach its final value.
     """
-    problem = linear_problem.LinearProblem(_geometry(cost, epsilon, init, num_iters), b=weights)
-    return _run(_solver(num_iters), problem, init)
+    return _solve(cost, epsilon, weights=weights, num_iters=num_iters, init=init)
 
 
 def solve_self(
@@ -112,8 +110,7 @@ def solve_self(
       ValueError: A cold start has too few iterations for epsilon to reach its final value.
     """
     warm = None if init is None else Potentials(f=init, g=init)
-    problem = linear_problem.LinearProblem(_geometry(cost, epsilon, warm, num_iters))
-    return _run(_solver(num_iters, symmetric=True), problem, warm).g
+    return _solve(cost, epsilon, num_iters=num_iters, init=warm, symmetric=True).g
 
 
 def barycenter(
@@ -132,27 +129,25 @@ def barycenter(
     return jnp.matmul(weights, points.astype(weights.dtype), precision="highest")
 
 
-def _geometry(
+def _solve(
     cost: Float[Array, "n m"],
     epsilon: Float[Array, ""],
-    init: Potentials | None,
+    *,
     num_iters: int,
-) -> geometry.Geometry:
-    """Wraps a cost with epsilon, which decays from a cold start and is constant from a warm one."""
-    if init is not None:
-        return geometry.Geometry(cost_matrix=cost, epsilon=epsilon_scheduler.Epsilon(epsilon))
-    if num_iters < MIN_COLD_ITERS:
-        raise ValueError(
-            f"{num_iters} Sinkhorn iterations end before epsilon has decayed; "
-            f"use at least {MIN_COLD_ITERS}, or a warm start."
-        )
-    decaying = epsilon_scheduler.Epsilon(epsilon, init=EPSILON_START, decay=EPSILON_DECAY)
-    return geometry.Geometry(cost_matrix=cost, epsilon=decaying)
-
-
-def _solver(num_iters: int, *, symmetric: bool = False) -> sinkhorn.Sinkhorn:
+    init: Potentials | None,
+    weights: Float[Array, " m"] | None = None,
+    symmetric: bool = False,
+) -> Potentials:
     """Runs a fixed number of iterations; equal bounds make ott scan instead of test and stop."""
-    return sinkhorn.Sinkhorn(
+    from ott.geometry import geometry
+    from ott.problems.linear import linear_problem
+    from ott.solvers.linear import acceleration, sinkhorn
+
+    entropy = _epsilon(epsilon, decays=init is None, num_iters=num_iters)
+    problem = linear_problem.LinearProblem(
+        geometry.Geometry(cost_matrix=cost, epsilon=entropy), b=weights
+    )
+    solver = sinkhorn.Sinkhorn(
         min_iterations=num_iters,
         max_iterations=num_iters,
         inner_iterations=num_iters,
@@ -160,11 +155,20 @@ def _solver(num_iters: int, *, symmetric: bool = False) -> sinkhorn.Sinkhorn:
         momentum=acceleration.Momentum(value=0.5) if symmetric else None,
         parallel_dual_updates=symmetric,
     )
-
-
-def _run(
-    solver: sinkhorn.Sinkhorn, problem: linear_problem.LinearProblem, init: Potentials | None
-) -> Potentials:
     with jax.numpy_rank_promotion("allow"):  # ott's error norm broadcasts a vector
         out = solver(problem, init=None if init is None else (init.f, init.g))
     return Potentials(f=out.f, g=jnp.maximum(out.g, -_FAR))
+
+
+def _epsilon(epsilon: Float[Array, ""], *, decays: bool, num_iters: int) -> Any:
+    """The weight of every iteration: decaying from a cold start, constant from a warm one."""
+    from ott.geometry import epsilon_scheduler
+
+    if not decays:
+        return epsilon_scheduler.Epsilon(epsilon)
+    if num_iters < MIN_COLD_ITERS:
+        raise ValueError(
+            f"{num_iters} Sinkhorn iterations end before epsilon has decayed; "
+            f"use at least {MIN_COLD_ITERS}, or a warm start."
+        )
+    return epsilon_scheduler.Epsilon(epsilon, init=EPSILON_START, decay=EPSILON_DECAY)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tiny
 
-from arcond_jax import build
+from arcond_jax import build, checkpoint
 from arcond_jax.build import tokens
+from arcond_jax.convert import files
 from arcond_jax.run import converting
 
 SMALL = (
@@ -40,6 +41,46 @@ def test_llamagen_of_classes_and_of_captions(name, tmp_path):
     assert converting.convert(name, file, out, config=config).to_dict() == config.to_dict()
     restored = tokens.load_weights(str(out), jax.eval_shape(lambda: params))
     jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+# What the official code reads: --resume of MAR, sample_c2i.py of LlamaGen, demo_util.py of RAR,
+# sample.py of Open-MAGVIT2, and the code of each tokenizer.
+CONTAINERS = {
+    "mar": ("model", "model_ema"),
+    "llamagen": ("model",),
+    "llamagen_t2i": ("model",),
+    "rar": (),
+    "magvit2": ("state_dict",),
+    "kl16": ("model",),
+    "vq": ("model",),
+    "maskgit_vq": (),
+    "lfq": ("state_dict",),
+}
+
+
+def test_containers_of_the_official_code():
+    formats = converting.formats()
+    assert {name: made.official.container for name, made in formats.items()} == CONTAINERS
+    for made in formats.values():  # what is exported is found again
+        official = made.official
+        assert not official.container or {*official.ema, *official.raw} & {*official.container}
+
+
+def test_no_official_name_is_that_of_a_wrapper():
+    """They are left out of the names, wherever they stand."""
+    for made in converting.formats().values():
+        config = build.load_config(made.official.configs[0])
+        for row in made.rows(config):
+            assert not {*files.WRAPPERS} & {part for name in row.theirs for part in name.split(".")}
+
+
+@pytest.mark.parametrize("weights", ["nan", "inf"])
+def test_weights_that_are_not_finite_are_not_loaded(weights, tmp_path):
+    params = {"a": np.ones(3, np.float32), "b": {"c": np.float32([1, weights])}}
+    checkpoint.save_tree(f"{tmp_path}/{tokens.WEIGHTS}", {"params": params}, {})
+    message = f"{tmp_path} holds weights that are not finite, in b/c: the training diverged"
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        tokens.load_weights(str(tmp_path), jax.eval_shape(lambda: params))
 
 
 @pytest.mark.parametrize("variant", ["tensorar", "joint", "ar"])

@@ -91,6 +91,14 @@ def test_half_precision_is_widened(state):
             r"pos is \(1, 9, 5\) in the weights and \(1, 9, 4\) in the model: .* another size",
         ),
         ({"c.bias": np.ones(5, np.int64)}, "c.bias holds int64, not floats"),
+        (
+            {"c.bias": np.float32([0, np.nan, -np.inf, 1, 2])},
+            "2 of 5 numbers are not finite in c.bias: the training diverged or",
+        ),
+        (
+            {"c.bias": np.full(5, np.inf), "p.bias": np.full(7, np.nan)},
+            "5 of 5 numbers are not finite in c.bias and 1 more",
+        ),
     ],
 )
 def test_other_weights_are_refused(state, change, message):

@@ -1,5 +1,7 @@
 """The image folder: order and labels of its items, its crop, and what it says of bad folders."""
 
+import logging
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -105,7 +107,7 @@ def test_a_truncated_file_is_named(directory):
         with pytest.raises(ValueError, match=name) as error:
             source[index]
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"Item 3 of ImageFolder cannot be read \(.*1\.jpg: image"):
+    with pytest.raises(ValueError, match=r"Item 3 of ImageFolder cannot be .*1\.jpg cannot"):
         list(pipeline.full_batches(source, 4))
 
 
@@ -117,5 +119,53 @@ def test_a_folder_that_is_not_one_is_refused(directory):
     with pytest.raises(ValueError, match=r"nowhere has no folder train: put the train images into"):
         folder.ImageFolder(directory / "nowhere", image_size=8)
     (directory / "val" / "a").mkdir(parents=True)
+    write(directory / "val" / "loose.png", np.zeros((8, 8)))
     with pytest.raises(ValueError, match=r"val has no images: put them into .*val/<class>/, as"):
         folder.ImageFolder(directory, "held_out", image_size=8)
+
+
+def test_images_at_any_depth_belong_to_their_class(directory):
+    write(directory / "train" / "b" / "2024" / "May" / "0.JPG", np.full((8, 8, 3), 60))
+    write(directory / "train" / "b" / ".trash" / "0.png", np.zeros((8, 8, 3)))
+    (directory / "train" / "b" / "ring").symlink_to(directory / "train" / "b")
+    source = folder.ImageFolder(directory, image_size=8)
+    assert source.files == ["0.png", "1.png", "0.png", "2024/May/0.JPG", "0.png", "1.png", "2.png"]
+    assert list(source.label) == [0, 0, 1, 1, 2, 2, 2]
+    assert int(images.image_to_uint8(source[3]["image"])[0, 0, 0]) in (59, 60, 61)
+
+
+def test_what_is_left_out_is_counted_and_said_once(directory, caplog):
+    (directory / "train" / "c" / "deep").mkdir()
+    (directory / "train" / "c" / "deep" / "0.bmp").write_bytes(b"")
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            folder.ImageFolder(directory, image_size=8)
+    # Besides the .bmp: b/notes.txt, and index.json beside the classes.
+    expected = f"{directory / 'train'}: 3 files left out, such as 'b/notes.txt': images are read"
+    assert [expected in message for message in caplog.messages] == [True]
+
+
+def test_an_empty_class_is_refused_by_name(directory):
+    (directory / "train" / "bb").mkdir()
+    (directory / "train" / "bb" / "0.bmp").write_text("no image by its ending")
+    message = r"train has 1 of 4 classes without images, the first is 'bb': remove its folder, or"
+    with pytest.raises(ValueError, match=message):
+        folder.ImageFolder(directory, image_size=8)
+
+
+def test_held_out_labels_are_those_of_the_train_split(directory):
+    for name in ("c", "b"):
+        write(directory / "val" / name / "0.png", np.zeros((8, 8, 3)))
+    source = folder.ImageFolder(directory, "held_out", image_size=8)
+    assert source.label_names == ("a", "b", "c") and source.num_classes == 3
+    assert [int(source[i]["label"]) for i in range(2)] == [1, 2]
+    write(directory / "val" / "d" / "0.png", np.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match=r"val has the class 'd', which .* \(1 of 3 classes are"):
+        folder.ImageFolder(directory, "held_out", image_size=8)
+
+
+def test_an_image_without_a_middle_is_refused(directory):
+    write(directory / "train" / "b" / "1.png", np.zeros((2, 300, 3)))
+    source = folder.ImageFolder(directory, image_size=8)
+    with pytest.raises(ValueError, match=r"1.png: 300 x 2 pixels have no middle to crop"):
+        source[3]

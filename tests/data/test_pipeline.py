@@ -19,6 +19,7 @@ class Numbered:
 
     def __init__(self, length, broken=()):
         self.length, self.broken = length, broken
+        self.label = np.arange(length, dtype=np.int32) % 2
 
     def __len__(self):
         return self.length

@@ -1,5 +1,6 @@
 """The commands: what a user gets wrong costs one line, exit code 2, and nothing on disk."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -7,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from arcond_jax.cli import main
-from arcond_jax.evaluation import samples
+from arcond_jax.evaluation import classifier, samples
 from arcond_jax.run import restoring
 
 
@@ -69,21 +71,22 @@ def test_train_below_a_file(tmp_path, capsys):
     assert_one_line(train(workdir), capsys, tmp_path, "Cannot write to", "file/run")
 
 
-def test_train_where_another_run_is(finished, capsys):
+def test_train_where_another_run_is(finished, copy_of, capsys):
+    workdir = copy_of(finished)
     assert_one_line(
-        train(finished, "model.width=32"), capsys, finished, "model.width=16", "the config says 32"
+        train(workdir, "model.width=32"), capsys, workdir, "model.width=16", "the config says 32"
     )
 
 
-def largest_array_file(folder: pathlib.Path) -> pathlib.Path:
-    return max((p for p in folder.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+def truncate_arrays(folder: pathlib.Path) -> None:
+    for path in folder.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "calibrate"])
 def test_truncated_checkpoints(command, finished, copy_of, capsys, tmp_path):
     workdir = copy_of(finished)
-    path = largest_array_file(workdir / "checkpoints" / "6" / "state")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    truncate_arrays(workdir / "checkpoints" / "6" / "state")
     arguments = {
         "train": train(workdir, "training.num_train_steps=8"),
         "sample": ["sample", "--checkpoint", workdir, "--out", tmp_path / "out.npz"],
@@ -101,7 +104,8 @@ def sample(workdir, *more):
     [
         (["--label", "10"], "label 10 is not a class: use 0 to 9"),
         (["--label", "-1"], "label -1 is not a class: use 0 to 9"),
-        (["--class-name", "zero"], "classes of ImageNet, and this model has 10: use --label"),
+        (["--class-name", "zero"], "no class is named 'zero': give its id"),
+        (["--seed", "4294967296"], "seed 4294967296 must be from 0 to 4294967295"),
         (["--num_images", "0"], "--num_images and --batch_size must be at least 1"),
         (["--config.sampling.stride=2"], "unknown config key sampling.stride: "),
         (["--config.model.width=32"], "holds a run with model.width=16, the config says 32"),
@@ -126,7 +130,7 @@ def test_sample_into_a_missing_folder(finished, capsys):
 
 def test_an_empty_bank_is_filled_before_it_refines(finished, copy_of, capsys):
     workdir = copy_of(finished, last_step=4)
-    assert int(restoring.restore(workdir).bank.count.max()) == 0
+    assert restoring.restore(workdir).bank is None
     assert main.main(["calibrate", "--checkpoint", str(workdir)]) == 0
     assert (workdir / "refiner").is_dir()
 
@@ -147,10 +151,61 @@ def test_evaluate_without_samples(finished, tmp_path, capsys):
     assert_one_line(arguments, capsys, tmp_path, str(path))
 
 
+def some_samples(path, *, count=40, size=8, num_classes=10, **more):
+    image = np.random.default_rng(0).integers(0, 256, (count, size, size, 1)).astype(np.uint8)
+    made = dict(sampling={}, refinement={}, seed=0, checkpoint_step=6) | more
+    samples.write_samples(path, image, np.arange(count) % 10, num_classes=num_classes, **made)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (dict(num_classes=11), "the samples are of 11 classes, the run of 10: their labels do not"),
+        (dict(label_names=["a"] * 10), "the samples are of the classes ['a', "),
+        (dict(count=3), "3 samples are too few to be scored: draw at least 4"),
+        (dict(size=9), "The samples are [9, 9, 1], the real images [8, 8, 1]"),
+        (dict(seed=None), "the samples' seed is None, no whole number"),
+    ],
+)
+def test_evaluate_refuses_other_samples_before_it_trains(
+    more, message, finished, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(classifier, "train_classifier", None)
+    some_samples(tmp_path / "samples.npz", **more)
+    arguments = ["evaluate", "--samples", tmp_path / "samples.npz", "--checkpoint", finished]
+    assert_one_line(arguments, capsys, tmp_path, message)
+
+
+def test_no_classifier_is_trained_that_cannot_be_kept(
+    finished, copy_of, tmp_path, capsys, monkeypatch
+):
+    """A link to nowhere stands for a folder that cannot be written to, also to root."""
+    monkeypatch.setattr(classifier, "train_classifier", None)
+    workdir = copy_of(finished)
+    (workdir / "classifier.npz").symlink_to(tmp_path / "nowhere" / "classifier.npz")
+    some_samples(tmp_path / "samples.npz")
+    arguments = ["evaluate", "--samples", tmp_path / "samples.npz", "--checkpoint", workdir]
+    assert_one_line(arguments, capsys, tmp_path, "classifier.npz does not exist: create it first")
+
+
+def test_a_card_that_cannot_be_written_is_printed(finished, copy_of, tmp_path, capsys):
+    workdir, path = copy_of(finished), tmp_path / "samples.npz"
+    some_samples(path)
+    (tmp_path / "samples.card.json").mkdir()  # stands for a place that cannot be written to
+    arguments = ["evaluate", "--samples", str(path), "--checkpoint", str(workdir)]
+    assert main.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert "Frechet distance" in shown.out and "written" not in shown.out
+    assert shown.err.count("\n") == 1 and "samples.card.json cannot be written" in shown.err
+    assert main.main([*arguments, "--out", str(tmp_path / "card.json")]) == 0
+    assert json.loads((tmp_path / "card.json").read_text())["measurements"]["precision"] >= 0.0
+
+
 def test_train_sample_plain(finished, tmp_path, capsys):
     out = tmp_path / "plain.npz"
     arguments = ["sample", "--checkpoint", str(finished), "--out", str(out), "--num_images", "16"]
     arguments += ["--config.transport.kind=none", "--png", str(tmp_path / "sheet.png")]
+    arguments += ["--png_dir", str(tmp_path / "new" / "images")]
     assert main.main(arguments) == 0
     assert f"16 images: {out}" in capsys.readouterr().out
     drawn = samples.read_samples(out)
@@ -159,6 +214,12 @@ def test_train_sample_plain(finished, tmp_path, capsys):
     assert drawn.metadata["refinement"] == {}
     assert drawn.metadata["checkpoint_step"] == 6
     assert (tmp_path / "sheet.png").stat().st_size > 0
+    images = [np.asarray(Image.open(tmp_path / f"new/images/{i:06d}.png")) for i in range(16)]
+    np.testing.assert_array_equal(np.stack(images), drawn.image_uint8[..., 0])
+    assert_one_line(arguments, capsys, tmp_path, "--png_dir", "is there already: give a new folder")
+    with pytest.raises(SystemExit):
+        main.main(["sample", "--help"])
+    assert "arr_0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)

@@ -1,6 +1,9 @@
 """Official weights from file to images: converted, sampled, inpainted, exported, and refused."""
 
+import json
+
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -8,8 +11,9 @@ from PIL import Image
 from test_cli import assert_one_line
 
 from arcond_jax import build, checkpoint
+from arcond_jax.build import tokens
 from arcond_jax.cli import main
-from arcond_jax.convert import files
+from arcond_jax.convert import files, table
 from arcond_jax.evaluation import samples
 from arcond_jax.run import converting, drawing, restoring
 from arcond_jax.training import state as state_lib
@@ -89,17 +93,79 @@ def test_what_is_known_of_converted_weights(converted):
     assert known["config"]["tokenizer"]["path"] == str(converted / "kl16")
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_export_gives_the_official_file_back(converted, official, tmp_path, suffix):
-    if suffix == "pth":
-        pytest.importorskip("torch")
-    target = tmp_path / f"mar.{suffix}"
+def test_export_gives_the_official_file_back(converted, official, tmp_path):
+    target = tmp_path / "mar.safetensors"
     call(["export", "--checkpoint", converted / "mar", "--out", target])
-    theirs = safetensors.numpy.load_file(official / "mar.safetensors")
-    back = files.load_state(target)
-    assert back.keys() == theirs.keys()
-    for name, array in theirs.items():
-        np.testing.assert_array_equal(back[name], array)
+    assert_same(files.load_state(target), safetensors.numpy.load_file(official / target.name))
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(state[name], array)
+
+
+def test_export_for_the_official_code(converted, official, tmp_path):
+    """`--resume` of MAR's main_mar.py loads both entries, by the names of the model."""
+    torch = pytest.importorskip("torch")
+    target = tmp_path / "checkpoint-last.pth"
+    call(["export", "--checkpoint", converted / "mar", "--out", target])
+    expected = safetensors.numpy.load_file(official / "mar.safetensors")
+    loaded = torch.load(target)  # as there: its default is to read weights only
+    for entry in ("model", "model_ema"):
+        assert_same({name: x.numpy() for name, x in loaded[entry].items()}, expected)
+    for weights in ("ema", "raw"):
+        out = tmp_path / weights
+        call([*convert("mar", target, out, *CONFIG), "--weights", weights])
+        call(["export", "--checkpoint", out, "--out", tmp_path / "back.safetensors"])
+        assert_same(safetensors.numpy.load_file(tmp_path / "back.safetensors"), expected)
+
+
+def test_export_is_refused_before_the_work(converted, tmp_path, capsys):
+    for out, message in (
+        (tmp_path / "mar.npz", "the ending must be one of .safetensors"),
+        (tmp_path / "no" / "mar.safetensors", "does not exist: make the folder first"),
+    ):
+        arguments = ["export", "--checkpoint", tmp_path / "not there", "--out", out]
+        assert_one_line(arguments, capsys, tmp_path, message)
+
+
+# Forms in which people have the same weights.
+
+
+def test_shards_of_bfloat16_with_names_of_wrappers(official, tmp_path):
+    state = safetensors.numpy.load_file(official / "kl16.safetensors")
+    half = {name: x.astype(ml_dtypes.bfloat16) for name, x in state.items()}
+    folder, parts = tmp_path / "kl16", {"1.safetensors": {}, "2.safetensors": {}}
+    folder.mkdir()
+    for i, (name, array) in enumerate(half.items()):
+        parts[f"{1 + i % 2}.safetensors"][f"module._orig_mod.{name}"] = array
+    for file, part in parts.items():
+        safetensors.numpy.save_file(part, folder / file)
+    places = {name: file for file, part in parts.items() for name in part}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    for source in (index, folder):
+        out = tmp_path / f"of_{source.name}"
+        call(convert("kl16", source, out, *CONFIG))
+        known = checkpoint.load_metadata(f"{out}/weights")
+        assert known["source"] == source.name
+        assert known["source_sha256"] == files.digest([folder / file for file in sorted(parts)])
+        config = build.load_config("mar_base_imagenet256", OVERRIDES)
+        params = tokens.load_weights(str(out), build.abstract_tokenizer(config).params)
+        rows = converting.formats()["kl16"].rows(config)
+        widened = {name: x.astype(np.float32) for name, x in half.items()}
+        assert_same(table.to_theirs(rows, params), widened)
+
+
+def test_weights_that_are_not_finite(official, tmp_path, capsys):
+    state = safetensors.numpy.load_file(official / "mar.safetensors")
+    state["z_proj.bias"] = np.full_like(state["z_proj.bias"], np.nan)
+    source = tmp_path / "mar.safetensors"
+    safetensors.numpy.save_file(state, source)
+    arguments = convert("mar", source, tmp_path / "out", *CONFIG)
+    message = "mar.safetensors: 16 of 16 numbers are not finite in z_proj.bias"
+    assert_one_line(arguments, capsys, tmp_path, message)
 
 
 def test_weights_that_do_not_fit(official, tmp_path, capsys):

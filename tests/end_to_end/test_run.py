@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 
 from arcond_jax import build, checkpoint
 from arcond_jax import config as config_lib
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.cli import main
 from arcond_jax.parallel import processes
-from arcond_jax.run import drawing, refinement, restoring, training
+from arcond_jax.run import drawing, exclusive, refinement, restoring, training
 from arcond_jax.training import state as state_lib
 from arcond_jax.training import writer
 from arcond_jax.transport import refiners
@@ -52,13 +54,13 @@ def train_arguments(workdir):
     return [*arguments, *(f"--config.{override}" for override in tiny.overrides())]
 
 
-def interrupt(patched, *, at_batch):
-    """SIGTERM comes in this process, while a batch is put on the mesh."""
+def interrupt(patched, *, at_batch, number=signal.SIGTERM):
+    """A signal comes in this process, while a batch is put on the mesh."""
     put_batch, count = processes.put_batch, itertools.count(1)
 
     def interrupting(batch, mesh):
         if next(count) == at_batch:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return put_batch(batch, mesh)
 
     patched.setattr(processes, "put_batch", interrupting)
@@ -88,10 +90,20 @@ def assert_same_run(workdir, expected):
     jax.tree.map(np.testing.assert_array_equal, state, wanted)
 
 
-def test_stopped_by_sigterm_and_resumed_is_uninterrupted(finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_by_a_signal_and_resumed_is_uninterrupted(
+    number, finished, tmp_path, monkeypatch, capsys
+):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patched:
-        interrupt(patched, at_batch=3)
+        interrupt(patched, at_batch=3, number=number)
         assert main.main(train_arguments(workdir)) == 0
     assert f"stopped and saved: {workdir}" in capsys.readouterr().out
     assert [row["step"] for row in writer.read_rows(workdir / "metrics.jsonl")] == [1, 2, 3]
@@ -133,21 +145,80 @@ def test_resuming_on_other_meshes_continues_the_curve(finished, copy_of, monkeyp
         )
 
 
-def test_a_completed_run_returns_at_once(finished, monkeypatch):
+def test_a_completed_run_returns_at_once(finished, copy_of, monkeypatch):
     def unexpected(*_):
         raise AssertionError("a step was compiled")
 
-    before = (finished / "metrics.jsonl").read_text()
+    workdir = copy_of(finished)
+    before = (workdir / "metrics.jsonl").read_text()
     monkeypatch.setattr(build, "train_step", unexpected)
-    assert training.train(tiny.config(), finished)
-    assert (finished / "metrics.jsonl").read_text() == before
+    assert training.train(tiny.config(), workdir)
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_stopped_while_the_bank_is_filled_nothing_is_lost(finished, copy_of, monkeypatch):
+    workdir = copy_of(finished)
+    for folder in (workdir / "bank").iterdir():
+        shutil.rmtree(folder)
+    filled_bank = refinement.filled_bank
+    with monkeypatch.context() as patched:
+
+        def stopped(trained):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return filled_bank(trained)
+
+        patched.setattr(refinement, "filled_bank", stopped)
+        assert not training.train(tiny.config(), workdir)
+    assert int(saved_state(workdir).step) == 6
+
+
+def test_a_second_run_in_a_working_directory_is_refused(tmp_path):
+    workdir = epath.Path(tmp_path)
+    second = exclusive.only_run(workdir)
+    with exclusive.only_run(workdir), pytest.raises(build.ConfigError, match="another run"):
+        second.__enter__()
+    with exclusive.only_run(workdir):
+        pass  # free again
+
+
+@pytest.mark.slow
+def test_a_run_restarts_from_an_earlier_step_at_another_rate(finished, copy_of):
+    workdir = copy_of(finished)
+    slower = tiny.config("joint", "training.learning_rate=1e-3", "training.clip_norm=0.5")
+    assert training.train(slower, workdir, restart_from=2)
+    rows = writer.read_rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["learning_rate"] == pytest.approx(1e-3)
+    none = tiny.config("joint", "training.clip_norm=None")
+    with pytest.raises(build.ConfigError, match="may change, but not come or go"):
+        training.train(none, workdir, restart_from=2)
+
+
+def test_a_bank_of_another_shape_does_not_spoil_a_run(finished):
+    """The bank is apart from the state: it is filled anew where the config asks for another."""
+    config = tiny.config("joint", "transport.num_atoms=16")
+    assert restoring.restore(finished, config=config).bank is None
+    assert restoring.restore(finished).bank is not None
+
+
+def test_a_refiner_that_cannot_be_written_leaves_the_earlier_one(calibrated, monkeypatch):
+    trained, folder, refiner = calibrated
+
+    def killed(*_):
+        raise checkpoint.CheckpointError("no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_tree", killed)
+        with pytest.raises(checkpoint.CheckpointError):
+            refinement.save_refiner(trained, folder, trained.config, refiner)
+    refinement.load_refiner(trained, folder, trained.config)
 
 
 def test_what_a_run_writes(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config_lib.flat(saved_lib.load(config)) == config_lib.flat(tiny.config())
     written = {path.name for path in finished.iterdir()} - {"classifier.npz"}  # of an evaluation
-    assert written == {"checkpoints", "config.json", "metrics.jsonl"}
+    assert written == {"bank", "checkpoints", "config.json", "metrics.jsonl"}
     rows = rows_without_time(finished)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "loss_diffusion", "loss_tensor", "learning_rate"} <= rows[0].keys()
@@ -156,7 +227,7 @@ def test_what_a_run_writes(finished):
 def test_the_bank_is_filled_when_training_completes(finished):
     config = tiny.config()
     before, after = restoring.restore(finished, step=4), restoring.restore(finished)
-    assert int(before.bank.count.max()) == 0
+    assert before.bank is None
     label = build.source(config, "train").label
     images_per_class = np.bincount(label, minlength=10)
     np.testing.assert_array_equal(after.bank.count, np.tile(images_per_class, (16, 1)))
@@ -252,3 +323,24 @@ def test_a_refiner_of_another_step_is_refused(calibrated, finished):
     trained, folder, _ = calibrated
     with pytest.raises(build.ConfigError, match="with checkpoint step=6, not 4"):
         refinement.load_refiner(restoring.restore(finished, step=4), folder, trained.config)
+
+
+def test_a_run_that_is_not_finite_is_not_sampled_from(finished, copy_of):
+    """An average with a NaN would draw one picture for all, without an error."""
+    workdir, config = copy_of(finished), tiny.config()
+    with checkpoint.Checkpoints(f"{workdir}/checkpoints", every=1) as checkpoints:
+        saved = checkpoints.config()
+        run = restoring.read_run(checkpoints, config, saved, build.mesh(config))
+        broken = jax.tree.map(
+            lambda x: jax.device_put(np.full(x.shape, np.nan, x.dtype), x.sharding), run.state.ema
+        )
+        checkpoints.save(
+            run.step + 1,
+            state=run.state.replace(ema=broken),
+            tokenizer=run.tokenizer,
+            data=run.data,
+            config=saved,
+        )
+    message = f"{workdir} at step 7 holds weights that are not finite, in .* and .* more"
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        restoring.restore(workdir)

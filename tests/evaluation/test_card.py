@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from arcond_jax.evaluation import card as card_lib
+from arcond_jax.evaluation import features, neighbours
 
 SETTINGS = card_lib.Settings(
     sampling={
@@ -156,6 +158,9 @@ def test_any_features_will_do(stripes):
 def test_bad_images_are_refused(stripes, reference):
     image, label = stripes
     cases = [
+        (image[:60, :5], label[:60], r"samples are \[5, 6, 1\], the real images \[6, 6, 1\]"),
+        (image[:60], label[:60] + 1, "labels of the samples span 1 to 3, outside the 3 classes"),
+        (image[:0], label[:0], "no samples to evaluate"),
         (image[:60], label[:59], "60 samples came with 59 labels"),
         (image[:60] * 127.5 + 127.5, label[:60], r"outside \[-1, 1\]"),
         (np.full_like(image[:60], np.nan), label[:60], r"span nan to nan"),
@@ -163,3 +168,79 @@ def test_bad_images_are_refused(stripes, reference):
     for bad_image, bad_label, message in cases:
         with pytest.raises(ValueError, match=message):
             card_lib.evaluate(bad_image, bad_label, reference=reference, settings=SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(seed="7"), "samples' seed is '7', no whole number"),
+        (dict(checkpoint_step=None), "samples' checkpoint_step is None"),
+        (dict(sampling=[]), r"samples' sampling is \[\], not settings by name"),
+        (dict(sampling={"top_k": []}), r"setting 'top_k' is \[\], no plain value"),
+        (dict(refinement={"tau": float("nan")}), "setting 'tau' is nan, no plain value"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        card_lib.settings_of(dataclasses.asdict(SETTINGS) | settings)
+
+
+class Read:
+    """Images that are made as they are sliced, and remember how many at a time."""
+
+    def __init__(self, image):
+        self.image, self.most = image, 0
+
+    def __len__(self):
+        return len(self.image)
+
+    def __getitem__(self, rows):
+        self.most = max(self.most, len(self.image[rows]))
+        return self.image[rows]
+
+
+def test_images_are_read_in_batches_and_score_the_same(stripes, reference, card, monkeypatch):
+    image, label = stripes
+    monkeypatch.setattr(features, "BATCH_SIZE", 16)
+    monkeypatch.setattr(neighbours, "REFERENCE_ROWS", 50)
+    held_out, train, drawn = Read(image[120:180]), Read(image[:120]), Read(image[180:])
+    again = card_lib.reference(
+        held_out,
+        label[120:180],
+        image_train=train,
+        extractor=reference.extractor,
+        name="stripes, held out",
+    )
+    found = card_lib.evaluate(drawn, label[180:], reference=again, settings=SETTINGS)
+    assert found.measured_with == card.measured_with
+    for name, value in found.measurements.items():
+        assert value == pytest.approx(card.measurements[name], rel=1e-4)
+    assert held_out.most == train.most == drawn.most == 16
+
+
+def test_photographs_have_no_covariance_of_pixels():
+    """Their nearest neighbours are those of small versions, and the card says so."""
+    rng = np.random.default_rng(0)
+    image = rng.uniform(-1, 1, (24, 96, 96, 3)).astype(np.float32)
+    label = np.arange(24) % 3
+    tracemalloc.start()
+    real = card_lib.reference(image[:8], label[:8], image_train=image[8:16], extractor=Brightness())
+    found = card_lib.evaluate(image[16:], label[16:], reference=real, settings=SETTINGS)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20  # the covariance would take 6 GB
+    tracemalloc.stop()
+    assert "frechet_distance_pixels" not in found.measurements
+    assert real.image_small_train.shape == (8, 32, 32, 3)
+    reduced = found.measured_with["nearest neighbour"]
+    assert reduced == "of images averaged to 32x32 pixels"
+    assert found.measurements["nearest_neighbour_ratio"] == pytest.approx(1.0, abs=0.2)
+    found.as_text()
+
+
+def test_held_out_copies_of_training_images_leave_the_ratio_out(stripes):
+    image, label = stripes
+    real = card_lib.reference(
+        image[:60], label[:60], image_train=image[:120], extractor=Brightness()
+    )
+    found = card_lib.evaluate(image[180:], label[180:], reference=real, settings=SETTINGS)
+    assert "nearest_neighbour_ratio" not in found.measurements
+    found.as_json()

@@ -74,3 +74,38 @@ def test_wrong_labels_are_refused(stripes, label, message):
         classifier_lib.train_classifier(
             stripes[0][:120], label, num_classes=3, seed=0, num_train_steps=150
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_classes", np.arange(3), "num_classes must be one whole number"),
+        ("num_classes", np.asarray(10**12), "num_classes 1000000000000"),
+        ("image_shape", np.array([6, 6]), "image_shape"),
+        ("image_shape", np.array([6.0, 6.0, 1.0]), "image_shape"),
+        ("image_shape", np.array([10**9, 10**9, 1]), "image_shape"),
+        ("params/logits/bias", np.full(3, np.nan, np.float32), "not finite float32"),
+        ("params/logits/bias", np.asarray(["a", "b", "c"]), "not finite float32"),
+    ],
+)
+def test_crafted_files_are_one_line(classifier, tmp_path, name, value, message):
+    path = tmp_path / "classifier.npz"
+    classifier.save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, name: value})
+    with pytest.raises(ValueError, match=message) as error:
+        classifier_lib.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_photographs_are_read_as_small_images():
+    rng = np.random.default_rng(0)
+    image = rng.uniform(-1, 1, (6, 64, 64, 3)).astype(np.float32)
+    trained = classifier_lib.train_classifier(
+        image, np.arange(6) % 2, num_classes=2, num_train_steps=2
+    )
+    assert trained.image_shape == (32, 32, 3)
+    small = image.reshape(6, 32, 2, 32, 2, 3).mean((2, 4))
+    for ours, expected in zip(trained(image), trained(small), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)

@@ -1,5 +1,7 @@
 """Samples files: whole or absent, and refused in one line when wrong."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -83,5 +85,41 @@ def test_missing_truncated_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="not a whole samples file"):
         samples.read_samples(path)
     np.savez(path, images=IMAGE)
-    with pytest.raises(ValueError, match="lacks image_uint8, label, metadata, num_classes"):
+    with pytest.raises(ValueError, match="lacks arr_0, label, metadata, num_classes"):
         samples.read_samples(path)
+
+
+def test_the_images_are_where_the_evaluator_of_adm_reads_them(tmp_path):
+    path = tmp_path / "samples.npz"
+    samples.write_samples(path, IMAGE, LABEL, num_classes=3)
+    with np.load(path) as file:
+        assert sorted(file.files) == ["arr_0", "label", "metadata", "num_classes"]
+        assert file["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(file["arr_0"], IMAGE)
+
+
+def test_files_of_earlier_versions_are_read(tmp_path):
+    path = tmp_path / "samples.npz"
+    np.savez(path, image_uint8=IMAGE, label=LABEL, num_classes=3, metadata="{}")
+    np.testing.assert_array_equal(samples.read_samples(path).image_uint8, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_classes", np.arange(3), r"num_classes must be one whole number .* int64 \[3\]"),
+        ("num_classes", np.asarray(np.inf), "num_classes must be one whole number"),
+        ("metadata", np.asarray("[" * 100_000), "metadata must be a text that holds one JSON"),
+        ("metadata", np.asarray(json.dumps([1])), "metadata must be a text that holds one JSON"),
+        ("metadata", np.arange(3), "metadata must be a text that holds one JSON"),
+        ("metadata", np.asarray("{"), "metadata must be a text that holds one JSON"),
+        ("arr_0", IMAGE[:0], "hold nothing"),
+    ],
+)
+def test_wrong_contents_are_one_line(name, value, message, tmp_path):
+    path = tmp_path / "samples.npz"
+    whole = dict(arr_0=IMAGE, label=LABEL, num_classes=np.asarray(3), metadata=np.asarray("{}"))
+    np.savez(path, **{**whole, name: value})
+    with pytest.raises(ValueError, match=message) as error:
+        samples.read_samples(path)
+    assert "\n" not in str(error.value)

@@ -17,7 +17,8 @@ from arcond_jax.run import drawing, restoring
 from arcond_jax.transport import refiners
 
 MESHES = {
-    "one device": None,
+    "one device": 1,
+    "three devices": 3,
     "data=8": dict(data=8),
     "fsdp=8": dict(fsdp=8),
     "data=2 fsdp=2 tensor=2": dict(data=2, fsdp=2, tensor=2),
@@ -25,8 +26,8 @@ MESHES = {
 
 
 def make_mesh(name):
-    if MESHES[name] is None:
-        return mesh_lib.make_mesh(devices=jax.devices()[:1])
+    if isinstance(MESHES[name], int):
+        return mesh_lib.make_mesh(devices=jax.devices()[: MESHES[name]])
     return mesh_lib.make_mesh(**MESHES[name])
 
 
@@ -156,8 +157,19 @@ def test_axes_that_do_not_divide_stay_whole():
 )
 def test_meshes_that_cannot_be_end_in_one_line(overrides, message):
     with pytest.raises(build.ConfigError, match=message) as raised:
-        build.mesh(tiny.config("joint", *overrides))
+        build.training_mesh(tiny.config("joint", *overrides))
     assert "\n" not in str(raised.value)
+
+
+def test_only_training_wants_its_batch_divided():
+    config = tiny.config("joint", "data.batch_size=12")
+    assert mesh_lib.num_batch_shards(build.mesh(config)) == 8
+
+
+def test_batches_are_filled_up_to_what_the_devices_divide():
+    mesh = make_mesh("three devices")
+    assert [mesh_lib.spread_over(mesh, n) for n in (1, 3, 4, 64)] == [3, 3, 6, 66]
+    assert mesh_lib.spread_over(make_mesh("one device"), 7) == 7
 
 
 def test_a_program_may_be_compiled_before_there_are_arrays():
@@ -176,16 +188,21 @@ def images_on(config, tokenizer, first_state):
     def draw(name):
         mesh, label = make_mesh(name), np.arange(16, dtype=np.int32) % 10
         state = place(first_state, config, mesh)
-        trained = restoring.Trained(config, mesh, tokenizer, state.ema, state.bank, 0)
+        trained = restoring.Trained(config, mesh, tokenizer, state.ema, None, 0)
         return drawing.Drawer(trained).images(refiners.Identity(), label, seed=3)
 
     return draw
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("data=8", marks=pytest.mark.slow), "data=2 fsdp=2 tensor=2"]
+    "name",
+    [
+        pytest.param("data=8", marks=pytest.mark.slow),
+        "data=2 fsdp=2 tensor=2",
+        "three devices",  # which divide neither the 16 images nor the batch of training
+    ],
 )
-def test_images_are_the_same_on_one_device_and_eight(name, images_on):
+def test_images_are_the_same_on_one_device_and_many(name, images_on):
     alone = images_on("one device")
     assert alone.shape == (16, 8, 8, 1)
     assert len(np.unique(alone.reshape(16, -1), axis=0)) == 16
@@ -196,7 +213,7 @@ def test_images_are_the_same_on_one_device_and_eight(name, images_on):
 def test_a_batch_that_does_not_divide_is_drawn_whole(config, tokenizer, first_state):
     mesh = make_mesh("data=8")
     state = place(first_state, config, mesh)
-    trained = restoring.Trained(config, mesh, tokenizer, state.ema, state.bank, 0)
+    trained = restoring.Trained(config, mesh, tokenizer, state.ema, None, 0)
     drawer, label = drawing.Drawer(trained), np.arange(8, dtype=np.int32)
     whole = drawer.images(refiners.Identity(), label, seed=3)
     pieces = drawer.images(refiners.Identity(), label, seed=3, batch_size=3)

@@ -64,7 +64,7 @@ def joint_generator(config: Config, fitted: types.Tokenizer | None) -> causal.Ge
 
 
 def _check_joint(config: Config) -> None:
-    family.check_heads(config)
+    family.check_gpt(config)
     if config.loss.w_diffusion == config.loss.w_tensor == 0:
         raise ConfigError("loss.w_diffusion and loss.w_tensor are both 0: nothing is trained")
 
@@ -74,7 +74,9 @@ LATENTS = family.Family(
     sections={
         "model": family.GPT,
         "diffusion_head": family.HEAD,
-        "loss": family.PROMPT_LOSS | W_DIFFUSION | family.LATENT_LOSS,
+        "loss": family.PROMPT_LOSS
+        | {"w_diffusion": keys.number(1.0, above=0.0)}
+        | family.LATENT_LOSS,
         "training": family.HEAD_DECAY,
         "sampling": family.GUIDED | family.GUIDED_POSITIONS | family.LATENTS,
     },
@@ -83,7 +85,7 @@ LATENTS = family.Family(
     sampler=family.causal_sampler,
     generator=latents_generator,
     conditions=family.each_position,
-    check=family.check_heads,
+    check=family.check_gpt,
 )
 BOTH = family.Family(
     name="joint",

@@ -68,6 +68,7 @@ def _official(name: str, configs: tuple[str, ...], num_prefix: int) -> official.
         table.rows,
         ema=("model", "module", "state_dict"),
         raw=("model", "module", "state_dict"),
+        container=("model",),
         ignored=table.IGNORED,
         pixels=_pixels(num_prefix),
         fits=lambda config: "tensorar" not in config and not config.model.qk_norm,
@@ -91,7 +92,7 @@ CLASSES = family.Family(
         tuple(f"llamagen_{size}_{pixels}" for pixels in (256, 384) for size in SIZES),
         num_prefix=1,
     ),
-    check=family.check_heads,
+    check=family.check_gpt,
 )
 CAPTIONS = family.Family(
     name="llamagen_t2i",
@@ -119,6 +120,6 @@ CAPTIONS = family.Family(
         num_prefix=prompted.NUM_CAPTION_VECTORS,
     ),
     prompts="captions",
-    check=family.check_heads,
+    check=family.check_gpt,
 )
 FAMILIES = {record.name: record for record in (CLASSES, CAPTIONS)}

@@ -40,7 +40,7 @@ def generator(config: Config, fitted: types.Tokenizer | None) -> magvit2.Generat
 
 def check(config: Config) -> None:
     """Raises ConfigError if the factors do not make the tokenizer's codes."""
-    family.check_heads(config)
+    family.check_gpt(config)
     factor_sizes = tuple(config.model.factor_sizes)
     made, there = math.prod(factor_sizes), tokens.num_codes(config)
     if made != there:
@@ -71,6 +71,7 @@ MAGVIT2 = family.Family(
         "magvit2",
         ("magvit2_b", "magvit2_l", "magvit2_xl"),
         functools.partial(table.rows, prefix=table.PREFIX),
+        container=("state_dict",),
         ignored=table.IGNORED,
         fits=lambda config: "tensorar" not in config,
     ),

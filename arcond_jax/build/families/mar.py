@@ -56,7 +56,12 @@ def conditions(config: Config) -> family.Conditions:
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError if a width does not fall into heads."""
+    """Raises ConfigError if a width does not fall into heads, or the decoder is one block."""
+    if config.model.decoder_depth < 2:
+        raise ConfigError(
+            f"model.decoder_depth {config.model.decoder_depth} must be at least 2: the last block "
+            "stands apart"
+        )
     for part in PARTS:
         width, num_heads = (config.model[f"{part}_{name}"] for name in ("width", "num_heads"))
         if width % num_heads:
@@ -101,6 +106,7 @@ MAR = family.Family(
         table.rows,
         ema=("model_ema",),
         raw=("model",),
+        container=("model", "model_ema"),  # --resume of main_mar.py reads both
     ),
     keeps_tokens=True,
     check=check,

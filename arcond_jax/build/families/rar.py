@@ -52,6 +52,7 @@ RAR = family.Family(
         "sampling": family.GUIDED | family.GUIDED_POSITIONS | family.CODES,
     },
     draws=("codes",),
+    num_prefix=rar.PREFIX,
     network=network,
     sampler=family.causal_sampler,
     generator=generator,

@@ -1,0 +1,107 @@
+"""Files and folders that appear whole or not at all: written beside their place, then renamed."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+from etils import epath
+
+
+def check(path: epath.PathLike) -> None:
+    """Asks, before long work, whether a file can be written to `path`; writes nothing.
+
+    Raises:
+      OSError: Its folder is missing or cannot be written to, or `path` itself is a folder.
+    """
+    if _in_bucket(path):
+        return
+    place = pathlib.Path(path).resolve()
+    parent = place.parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} does not exist: create it first")
+    if place.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: no writing in its folder is allowed")
+
+
+@contextlib.contextmanager
+def file(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """Opens a file to write bytes to; it is at `path` once the block has ended without an error.
+
+    A link is followed, and its target replaced. What is no regular file, as /dev/stdout, and
+    objects in buckets, which appear whole anyway, are written in place.
+
+    Raises:
+      OSError: In one line that names `path`.
+    """
+    try:
+        if _in_bucket(path):
+            with epath.Path(path).open("wb") as opened:
+                yield opened
+            return
+        target = pathlib.Path(path).resolve()
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as opened:
+                yield opened
+            return
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target))
+        try:
+            with os.fdopen(descriptor, "wb") as opened:
+                yield opened
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a text file in UTF-8; raises OSError in one line that names it."""
+    with file(path) as opened:
+        opened.write(text.encode())
+
+
+@contextlib.contextmanager
+def folder(path: epath.PathLike) -> Iterator[pathlib.Path]:
+    """Gives a folder to fill; it is at `path` once the block has ended without an error.
+
+    Folders above it are made.
+
+    Raises:
+      OSError: In one line that names `path`; there already is something but an empty folder.
+    """
+    target = pathlib.Path(path).resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary)
+            raise
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _in_bucket(path: epath.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def _prefix(target: pathlib.Path) -> str:
+    return f".{target.name[:100]}."  # a name may be as long as the file system allows
+
+
+def _umask() -> int:
+    """For the rights of any new file; those of tempfile are private to the writer."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

@@ -1,0 +1,107 @@
+"""The start of a command: what is imported, and what XLA compiled before."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from arcond_jax.cli import compilation, main
+
+# Of what most commands do not need, each takes as long as a command without it.
+HEAVY = ("sklearn", "ott", "torch", "tensorflow", "transformers", "pandas")
+
+
+def imported_by(*arguments):
+    """Top-level packages in memory after a command, in a process of its own."""
+    code = (
+        "import sys; from arcond_jax.cli import main\n"
+        "try: main.main(sys.argv[1:])\n"
+        "finally: print('MODULES', *{name.partition('.')[0] for name in sys.modules})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    return set(result.stdout.partition("MODULES ")[2].split())
+
+
+def test_the_help_imports_no_library():
+    imported = imported_by("--help")
+    assert "arcond_jax" in imported
+    assert not imported & {"jax", "numpy", "matplotlib", *HEAVY}
+
+
+def test_a_command_imports_what_it_needs():
+    imported = imported_by("config", "--config", "digits:joint")
+    assert "jax" in imported
+    assert not imported & {"matplotlib", *HEAVY}
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_the_help_says_what_a_command_s_docstring_says(command, capsys):
+    with pytest.raises(SystemExit):
+        main.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    start, _, summary = main.module_of(command).__doc__.partition(": ")
+    assert start == f"`arcond {command}`"
+    assert f"{command} {' '.join(summary.split())}" in shown
+
+
+def test_settings_may_stand_before_the_command(capsys):
+    arguments = ["--config.model.depth=3", "config", "--config", "digits:joint"]
+    assert main.main(arguments) == 0
+    assert "model.depth = 3" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_cache():
+    """jax as it is where nobody chose a folder."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def chosen():
+    compilation.keep()
+    return jax.config.values["jax_compilation_cache_dir"]
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_programs_are_kept_in_the_user_s_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    folder = chosen()
+    assert folder.startswith(str(tmp_path / "caches" / "arcond_jax" / "xla"))
+    assert os.path.isdir(folder)
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_without_a_cache_of_their_own_users_have_one_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    assert chosen().startswith(str(tmp_path / ".cache" / "arcond_jax" / "xla"))
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert chosen() is None
+    # A folder of somebody else's, who could have put programs there.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "theirs"))
+    monkeypatch.setattr(os, "getuid", lambda: -1)
+    assert chosen() is None
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_the_settings_of_jax_come_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        assert chosen() is None
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    assert chosen() == str(tmp_path / "mine")
+    assert os.listdir(tmp_path) == []
