@@ -86,6 +86,7 @@ def test_official_weights_tuned_on_three_classes(llamagen, tmp_path, capsys):
     assert_one_line([*more, "--class_name", "goldfish"], capsys, tmp_path, message)
 
 
+@pytest.mark.slow
 def test_other_folders_under_a_run_are_refused(llamagen, tmp_path, capsys):
     write_images(tmp_path / "other", ("daisy", "lily", "tulip"), size=8, count=4)
     workdir = tmp_path / "run"
