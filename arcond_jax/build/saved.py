@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from arcond_jax import config as config_lib
 from arcond_jax.build import defaults, migration, training
 from arcond_jax.config import Config, ConfigError
@@ -54,8 +56,9 @@ def trees_then(
     """Shapes of a train state and a tokenizer as the version that saved them had them."""
     if _version(saved) > 1:
         return state, tokenizer
+    bank = jax.eval_shape(lambda: training.empty_bank(load(saved)))
     return (
-        migration.state_in_version_1(state, config, bank=training.empty_bank(load(saved))),
+        migration.state_in_version_1(state, config, bank=bank),
         migration.tokenizer_in_version_1(tokenizer, saved),
     )
 

@@ -36,17 +36,18 @@ class Initial:
     classes: Classes | None = None
 
 
-def params(
+def start(
     initial: Initial,
     config: build.Config,
     fresh: types.Params,
     mesh: Mesh,
     class_names: tuple[str, ...] | None,
-) -> types.Params:
-    """The averaged parameters of `initial` in the shapes and places of fresh ones.
+) -> tuple[types.Params, types.Tokenizer | None]:
+    """The averaged parameters of `initial` in the shapes and places of fresh ones, and a tokenizer.
 
     Classes are rows of one table, with a last row for none, which is kept. Positions of another
-    grid are interpolated (bicubic, along rows and columns).
+    grid are interpolated (bicubic, along rows and columns). The tokenizer is that of the run, whose
+    codes its weights speak of; None where it is not fitted, but read from weights.
 
     Raises:
       build.ConfigError: They are of another model or size, or of other classes.
@@ -55,51 +56,40 @@ def params(
     source = saved_lib.load(saved)
     new_classes = _new_classes(initial, config, source, saved_lib.class_names(saved), class_names)
     _check_same_model(initial, config, source)
-    ours, theirs = _shapes(config), _shapes(source)
     of_classes = _depending_on(source, "data.num_classes", source.data.num_classes + 1)
     of_grid = _depending_on(source, "data.image_size", 2 * source.data.image_size)
-    for name in ours | theirs:
-        adapted = name in of_classes or name in of_grid
-        if (ours.get(name) is None) or (theirs.get(name) is None):
-            adapted = False
-        if ours.get(name) != theirs.get(name) and not adapted:
-            raise build.ConfigError(
-                f"--init {initial.workdir}: {name} is {theirs.get(name, 'absent')} there, "
-                f"{ours.get(name, 'absent')} here: take the config of those weights, with data and "
-                "training of your own"
-            )
-    held = restoring.params_of(initial.workdir, source, mesh)
+    _check_shapes(initial, _shapes(config), _shapes(source), of_classes | of_grid)
+    held, tokenizer = _opened(initial, source, config, mesh)
+    grids = build.grid(source), build.grid(config)
 
-    def start(path: tuple, fresh: Array, held: Array) -> Array:
+    def place(path: tuple, fresh: Array, held: Array) -> Array:
         name = _name(path)
         if new_classes and name in of_classes:
             held = _with_classes(held, fresh, source.data.num_classes, config.data.num_classes)
-        if name in of_grid and build.grid(source) != build.grid(config):
-            prefix = build.family_of(config).num_prefix
-            held = interpolated(held, build.grid(source), build.grid(config), prefix)
+        if name in of_grid and grids[0] != grids[1]:
+            held = interpolated(held, *grids, build.family_of(config).num_prefix)
         return jax.device_put(held, fresh.sharding)
 
-    made = jax.tree_util.tree_map_with_path(start, fresh, held)
-    said = [f"--init {initial.workdir}: {len(ours)} arrays taken over"]
-    if new_classes and of_classes:
-        said.append(f"{config.data.num_classes} classes new")
-    if build.grid(source) != build.grid(config):
-        said.append(f"positions interpolated to {'x'.join(map(str, build.grid(config)))}")
-    logging.info("%s", ", ".join(said))
-    return made
+    logging.info(
+        "--init %s: weights taken over%s%s",
+        initial.workdir,
+        f", {config.data.num_classes} classes new" if new_classes and of_classes else "",
+        ", positions interpolated" if of_grid and grids[0] != grids[1] else "",
+    )
+    return jax.tree_util.tree_map_with_path(place, fresh, held), tokenizer
 
 
-def tokenizer(initial: Initial, config: build.Config) -> types.Tokenizer | None:
-    """The fitted tokenizer of the run that `initial` is, whose codes its weights speak of.
-
-    None where the tokenizer is not fitted, but read from weights.
-    """
+def _opened(
+    initial: Initial, source: build.Config, config: build.Config, mesh: Mesh
+) -> tuple[types.Params, types.Tokenizer | None]:
+    """The parameters, and the tokenizer if it was fitted, for images of the config's size."""
     if restoring.is_converted(initial.workdir):
-        return None
-    fitted = restoring.restore(initial.workdir).tokenizer
-    if not isinstance(fitted, patches.Patches):
-        return None
-    return dataclasses.replace(fitted, image_shape=build.image_shape(config))
+        return restoring.params_of(initial.workdir, source, mesh), None
+    trained = restoring.restore(initial.workdir)
+    if not isinstance(trained.tokenizer, patches.Patches):
+        return trained.params, None
+    shape = build.image_shape(config)
+    return trained.params, dataclasses.replace(trained.tokenizer, image_shape=shape)
 
 
 def interpolated(
@@ -162,6 +152,22 @@ def _check_same_model(initial: Initial, config: build.Config, source: build.Conf
             raise build.ConfigError(
                 f"--init {initial.workdir} has {section} {held}, the config {wanted}: weights "
                 "serve the same model and tokenizer only"
+            )
+
+
+def _check_shapes(
+    initial: Initial,
+    ours: dict[str, tuple[int, ...]],
+    theirs: dict[str, tuple[int, ...]],
+    adapted: set[str],
+) -> None:
+    """Raises ConfigError for the first array that differs and cannot be adapted."""
+    for name in ours | theirs:
+        here, there = ours.get(name, "absent"), theirs.get(name, "absent")
+        if here != there and not (name in adapted and name in ours and name in theirs):
+            raise build.ConfigError(
+                f"--init {initial.workdir}: {name} is {there} there, {here} here: take the config "
+                "of those weights, with data and training of your own"
             )
 
 

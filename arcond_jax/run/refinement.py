@@ -73,13 +73,11 @@ def filled_bank(trained: Trained) -> Any:
     bank = build.empty_bank(trained.config)
     if bank is None:
         raise build.ConfigError("transport.kind is none, and without refinement there is no bank")
-    filled = bank.fill(
+    return bank.fill(
         lambda at_most: _condition_batches(trained, "train", at_most=at_most),
         functools.partial(compiled.Compiled, mesh=trained.mesh),
         num_classes=trained.config.data.num_classes,
     )
-    # Where jax counts in 64 bits too, a bank has the types of an empty one.
-    return jax.tree.map(lambda x, to: x.astype(to.dtype), filled, bank)
 
 
 def calibrate(trained: Trained, config: build.Config | None = None) -> types.Refiner:

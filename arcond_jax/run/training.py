@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from arcond_jax import build, checkpoint, types
+from arcond_jax import atomic, build, checkpoint, types
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.data import pipeline
 from arcond_jax.parallel import mesh as mesh_lib
@@ -81,45 +81,63 @@ def train(
     ):
         state, tokenizer = fresh or _resumed(config, workdir, checkpoints, batches, restart_from)
         tokenizer = jax.device_put(tokenizer, mesh_lib.replicated(mesh))
-        saved_config = saved_lib.dump(config, batches.class_names)
-
-        def save(step: int, state: state_lib.TrainState) -> None:
-            checkpoints.save(
-                step,
-                state=state,
-                tokenizer=tokenizer,
-                data=batches.get_state(),
-                config=saved_config,
-                force=True,
-            )
-
-        complete = int(state.step) >= settings.num_train_steps
-        if not complete:
-            if int(state.step) == 0:
-                save(0, state)  # from here on the tokenizer is never fitted again
-            _describe(workdir, saved_config, state)
-            step_fn = build.train_step(config, mesh, tokenizer)
-            state, complete = loop.train(
-                state,
-                batches,
-                step_fn=lambda state, batch: step_fn(state, tokenizer, batch),
-                num_train_steps=settings.num_train_steps,
-                intervals=loop.Intervals(
-                    log=settings.log_every,
-                    samples=settings.samples_every,
-                    checkpoint=settings.checkpoint_every,
-                ),
-                save=save,
-                draw_samples=_sheets(
-                    _trained(config, mesh, tokenizer, state, batches), captions, show
-                ),
-                stop=stop,
-                workdir=workdir,
-            )
+        trained = restoring.Trained(
+            config, mesh, tokenizer, state.ema, None, int(state.step), batches.class_names
+        )
+        if trained.step < settings.num_train_steps:
+            draw = _sheets(trained, captions, show)
+            state = _train(trained, workdir, checkpoints, batches, state, draw, stop)
+            trained = dataclasses.replace(trained, params=state.ema, step=int(state.step))
         checkpoints.wait()
-        if complete and not stop:
-            _fill_bank(_trained(config, mesh, tokenizer, state, batches), workdir)
-        return complete and not stop
+        if stop or trained.step < settings.num_train_steps:
+            return False
+        _fill_bank(trained, workdir)
+        return not stop
+
+
+def _train(
+    trained: restoring.Trained,
+    workdir: epath.Path,
+    checkpoints: checkpoint.Checkpoints,
+    batches: "_Batches",
+    state: state_lib.TrainState,
+    draw: Callable[[int, state_lib.TrainState], None],
+    stop: stopping.Stop,
+) -> state_lib.TrainState:
+    """The state after the last step, or after the one at which the run was told to stop; saved."""
+    config, tokenizer, settings = trained.config, trained.tokenizer, trained.config.training
+    saved_config = saved_lib.dump(config, batches.class_names)
+
+    def save(step: int, state: state_lib.TrainState) -> None:
+        checkpoints.save(
+            step,
+            state=state,
+            tokenizer=tokenizer,
+            data=batches.get_state(),
+            config=saved_config,
+            force=True,
+        )
+
+    if trained.step == 0:
+        save(0, state)  # from here on the tokenizer is never fitted again
+    atomic.write_text(workdir / "config.json", json.dumps(saved_config, indent=2) + "\n")
+    logging.info("parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
+    step_fn = build.train_step(config, trained.mesh, tokenizer)
+    return loop.train(
+        state,
+        batches,
+        step_fn=lambda state, batch: step_fn(state, tokenizer, batch),
+        num_train_steps=settings.num_train_steps,
+        intervals=loop.Intervals(
+            log=settings.log_every,
+            samples=settings.samples_every,
+            checkpoint=settings.checkpoint_every,
+        ),
+        save=save,
+        draw_samples=draw,
+        stop=stop,
+        workdir=workdir,
+    )
 
 
 def _fresh(
@@ -129,9 +147,10 @@ def _fresh(
     mesh, tokenizer = batches.mesh, None
     state = build.train_state(config, mesh)
     if start_from is not None:
-        params = initial_lib.params(start_from, config, state.params, mesh, batches.class_names)
+        params, tokenizer = initial_lib.start(
+            start_from, config, state.params, mesh, batches.class_names
+        )
         state = state_lib.with_params(state, params)
-        tokenizer = initial_lib.tokenizer(start_from, config)
     return state, tokenizer or build.tokenizer(config)
 
 
@@ -154,26 +173,6 @@ def _resumed(
         removed = checkpoints.remove_after(restart_from)
         logging.info("restarting at step %d; removed: %s", restart_from, removed)
     return restored.state, restored.tokenizer
-
-
-def _describe(
-    workdir: epath.Path, saved_config: dict[str, Any], state: state_lib.TrainState
-) -> None:
-    """What is trained, on disk and in the log."""
-    (workdir / "config.json").write_text(json.dumps(saved_config, indent=2) + "\n")
-    logging.info("parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
-
-
-def _trained(
-    config: build.Config,
-    mesh: Mesh,
-    tokenizer: types.Tokenizer,
-    state: state_lib.TrainState,
-    batches: "_Batches",
-) -> restoring.Trained:
-    """The model of the moment."""
-    step = int(state.step)
-    return restoring.Trained(config, mesh, tokenizer, state.ema, None, step, batches.class_names)
 
 
 def _fill_bank(trained: restoring.Trained, workdir: epath.Path) -> None:

@@ -8,14 +8,12 @@ about [-1, 1], not clipped.
 Source: LTH14/mar, models/vae.py, and `patchify` of models/mar.py.
 """
 
-from collections.abc import Iterable
 from typing import no_type_check
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Key
 
 from arcond_jax import types
@@ -191,26 +189,3 @@ def paste(
     p = patch_size
     squares = tokens.reshape(-1, rows, columns, tokens.shape[-1] // p**2, p, p)
     return squares.transpose(0, 1, 4, 2, 5, 3).reshape(len(tokens), rows * p, columns * p, -1)
-
-
-def estimate_scale(moments: Iterable[Float[np.ndarray | Array, "_ rows columns moments"]]) -> float:
-    """One over the deviation of posterior draws over a data set: `latent_scale` of another network.
-
-    By the law of total variance, so without a draw; one pass over the batches, in float64.
-
-    Raises:
-      ValueError: There is no batch.
-    """
-    count, mean, squares, variance = 0, 0.0, 0.0, 0.0
-    for batch in moments:
-        means, log_variance = np.split(np.asarray(batch, np.float64), 2, axis=-1)
-        # Chan et al. (1979): the sums of squares of both parts, and of the step between them.
-        step = means.mean() - mean
-        total = count + means.size
-        squares += means.size * (means.var() + step**2 * count / total)
-        mean += step * means.size / total
-        variance += np.exp(np.clip(log_variance, -30.0, 20.0)).sum()
-        count = total
-    if not count:
-        raise ValueError("No moments came: give at least one batch of images.")
-    return float(((squares + variance) / count) ** -0.5)

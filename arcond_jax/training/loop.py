@@ -59,7 +59,7 @@ def train(
     draw_samples: Callable[[int, state_lib.TrainState], None],
     stop: stopping.Stop,
     workdir: epath.PathLike,
-) -> tuple[state_lib.TrainState, bool]:
+) -> state_lib.TrainState:
     """Runs from `state.step` to `num_train_steps`.
 
     Args:
@@ -68,8 +68,7 @@ def train(
       stop: True once the run is told to stop.
 
     Returns:
-      The state, and whether the run is complete: False if it was told to stop, with everything
-      saved.
+      The state, saved; of an earlier step than the last if the run was told to stop.
 
     Raises:
       DivergedError: Ten updates in a row were skipped, or a tenth of all.
@@ -96,7 +95,7 @@ def train(
 
             if step % intervals.log == 0 or step == num_train_steps:
                 scalars = interval.read_and_reset()
-                _check_few_skipped(scalars["skipped_updates"], step, workdir)
+                _check_few_skipped(int(state.skipped), step, workdir)
                 for writer in writers:
                     writer.write_scalars(step, scalars)
                     writer.flush()
@@ -111,30 +110,19 @@ def train(
             if intervals.samples and step % intervals.samples == 0:
                 draw_samples(step, state)
             if step % intervals.checkpoint == 0 and step < num_train_steps:
-                _save_unless_skipping(state, step, save)
-    _check_not_diverged(skipped_before, step, workdir)
-    complete = step >= num_train_steps
-    if complete and int(state.skipped_in_a_row) < 2:  # one may be chance
-        save(step, state)
-    elif complete:
-        raise DivergedError(_diverged(f"the last {state.skipped_in_a_row} gradients", workdir))
-    else:
+                if int(state.skipped_in_a_row) == 0:
+                    save(step, state)
+                else:
+                    logging.warning("step %d is not saved: its update was skipped", step)
+    if stop:
         logging.info("%s: saving step %d", stop.signal, step)
-        _save_unless_skipping(state, step, save)
+    in_a_row = int(state.skipped_in_a_row)
+    if in_a_row > 1:  # one may be chance
+        raise DivergedError(_diverged(f"the last {in_a_row} gradients", workdir))
+    save(step, state)
     if int(state.skipped):
-        logging.warning(
-            "%d of %d updates were skipped: gradients not finite", state.skipped, state.step
-        )
-    return state, complete
-
-
-def _save_unless_skipping(
-    state: state_lib.TrainState, step: int, save: Callable[[int, state_lib.TrainState], None]
-) -> None:
-    if int(state.skipped_in_a_row) == 0:
-        save(step, state)
-    else:
-        logging.warning("step %d is not saved: its update was skipped", step)
+        logging.warning("%d of %d updates were skipped: gradients not finite", state.skipped, step)
+    return state
 
 
 def _check_not_diverged(skipped: jax.Array | int, step: int, workdir: epath.PathLike) -> None:
@@ -143,9 +131,9 @@ def _check_not_diverged(skipped: jax.Array | int, step: int, workdir: epath.Path
         raise DivergedError(_diverged(what, workdir))
 
 
-def _check_few_skipped(skipped: float, step: int, workdir: epath.PathLike) -> None:
+def _check_few_skipped(skipped: int, step: int, workdir: epath.PathLike) -> None:
     if skipped > max(MAX_SKIPPED_IN_A_ROW, MAX_SKIPPED_SHARE * step):
-        raise DivergedError(_diverged(f"{skipped:.0f} of {step} gradients", workdir))
+        raise DivergedError(_diverged(f"{skipped} of {step} gradients", workdir))
 
 
 def _diverged(what: str, workdir: epath.PathLike) -> str:

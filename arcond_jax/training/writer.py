@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 
 from etils import epath
 
+from arcond_jax import atomic
+
 
 @runtime_checkable  # annotations are checked at run time in the tests
 class Writer(Protocol):
@@ -30,9 +32,7 @@ class JsonLines:
         """
         path = epath.Path(path)
         kept = [row for row in read_rows(path) if row["step"] <= resume_at]
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        replacement.replace(path)
+        atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:

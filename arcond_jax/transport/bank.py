@@ -102,7 +102,7 @@ def update_bank(
     num_slots, num_groups, num_atoms, _ = bank.atoms.shape
     cond = jax.lax.stop_gradient(cond).astype(jnp.float32).swapaxes(0, 1)
     member = group[:, None] == jnp.arange(num_groups)[None, :]
-    num_new = member.sum(axis=0)
+    num_new = member.sum(axis=0, dtype=jnp.int32)
 
     arrival = jnp.where(member, jnp.cumsum(member, axis=0) - 1, 0).sum(axis=1)
     is_kept = arrival >= (member * num_new[None, :]).sum(axis=1) - num_atoms

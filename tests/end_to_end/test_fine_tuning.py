@@ -106,19 +106,19 @@ def test_weights_of_another_model_or_size(llamagen, tmp_path, capsys):
 
 
 def test_positions_are_interpolated_along_rows_and_columns():
-    rows, columns = np.mgrid[0:4, 0:4]
-    plane = np.stack([2.0 * rows, 3.0 * columns], axis=-1).reshape(16, 2)
-    table = np.concatenate([np.full((3, 2), 7.0), plane])
-    made = initial.interpolated(jax.numpy.asarray(table), (4, 4), (8, 8), None)
-    assert made.shape == (3 + 64, 2)
+    rows, columns = np.mgrid[0:8, 0:8]
+    plane = np.stack([2.0 * rows, 3.0 * columns], axis=-1).reshape(64, 2)
+    table = jax.numpy.asarray(np.concatenate([np.full((3, 2), 7.0), plane]), np.float32)
+    made = initial.interpolated(table, (8, 8), (16, 16), None)
+    assert made.shape == (3 + 256, 2)
     np.testing.assert_array_equal(made[:3], 7.0)
     # Pixel centres of the finer grid lie at (i + 1/2) / 2 - 1/2; away from edges a plane stays one.
-    inner = made[3:].reshape(8, 8, 2)[2:6, 2:6]
-    at = (np.arange(8) + 0.5) / 2 - 0.5
-    wanted = np.stack(np.meshgrid(2 * at, 3 * at, indexing="ij"), axis=-1)[2:6, 2:6]
-    np.testing.assert_allclose(inner, wanted, atol=0.3)  # cubic of a = -1/2, on a plane of 4
-    kept = initial.interpolated(jax.numpy.asarray(table), (4, 4), (4, 4), 2)
-    np.testing.assert_allclose(kept, table, atol=1e-6)
+    at = ((np.arange(16) + 0.5) / 2 - 0.5)[4:12]
+    wanted = np.stack(np.meshgrid(2 * at, 3 * at, indexing="ij"), axis=-1)
+    np.testing.assert_allclose(made[3:].reshape(16, 16, 2)[4:12, 4:12], wanted, atol=1e-4)
+    # Two rows before the grid, and one after it, which stays where it is.
+    kept = initial.interpolated(table, (8, 8), (16, 16), 2)
+    np.testing.assert_array_equal(kept[-1], table[-1])
 
 
 @pytest.mark.slow

@@ -95,19 +95,6 @@ def test_a_draw_follows_its_noise_and_the_log_variance_is_clamped():
     np.testing.assert_allclose(kl.divergence(moments), [expected], rtol=1e-6)
 
 
-def test_scale_is_found_from_uneven_batches():
-    rng = np.random.default_rng(0)
-    # Means of deviation 3 around 7 and posteriors of deviation 4: draws of deviation 5.
-    batches = []
-    for b in (100, 1, 250):
-        means = 7 + 3 * rng.standard_normal((b, 8, 8, 2))
-        batches.append(np.concatenate([means, np.full_like(means, np.log(16))], axis=-1))
-    # 45,000 means: their deviation is known to 0.3 %, the whole to a third of that.
-    np.testing.assert_allclose(kl.estimate_scale(batches), 1 / 5, rtol=0.005)
-    whole = np.concatenate(batches)
-    np.testing.assert_allclose(kl.estimate_scale([whole]), kl.estimate_scale(batches), rtol=1e-12)
-
-
 def test_group_norm_is_that_of_its_definition():
     x = 3 + 2 * jax.random.normal(jax.random.key(0), (2, 4, 6, 64))
     groups = np.asarray(x, np.float64).reshape(2, 4, 6, 32, 2)
@@ -133,8 +120,6 @@ def test_errors_say_what_to_do(tokenizer, image):
         tokenizer.decode(types.Tokens())
     with pytest.raises(ValueError, match=r"covers 32x32 pixels, which does not divide .* 240x256"):
         kl.abstract(kl.KLAutoencoder(), image_size=(240, 256), patch_size=2)
-    with pytest.raises(ValueError, match="No moments came"):
-        kl.estimate_scale([])
 
 
 def test_full_size_has_as_many_parameters_as_the_official_model():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import flax.linen as nn
 import flax.struct
@@ -15,7 +16,7 @@ import tiny
 from arcond_jax import build, types
 from arcond_jax.models import losses, rar
 from arcond_jax.parallel import mesh as mesh_lib
-from arcond_jax.training import loop, optimizer, step, stopping
+from arcond_jax.training import loop, optimizer, step, stopping, writer
 from arcond_jax.training import state as state_lib
 
 
@@ -137,10 +138,10 @@ class Repeated:
         return self.batch
 
 
-def run_loop(run, batch, workdir, num_train_steps, saved):
+def run_loop(run, iterator, workdir, num_train_steps, saved):
     result = loop.train(
         jax.tree.map(jnp.asarray, run.state),
-        Repeated(batch),
+        iterator,
         step_fn=run,
         num_train_steps=num_train_steps,
         intervals=loop.Intervals(log=1, samples=None, checkpoint=1),
@@ -152,20 +153,30 @@ def run_loop(run, batch, workdir, num_train_steps, saved):
     return result
 
 
+def test_a_tenth_of_bad_gradients_stops_the_loop(joint, tmp_path):
+    good = tiny.batch(joint.config)
+    bad, saved = good.replace(image=np.full_like(good.image, np.nan)), []
+    with pytest.raises(loop.DivergedError, match="11 of 22 gradients were not finite"):
+        run_loop(joint, itertools.cycle((good, bad)), tmp_path, 100, saved)
+    assert saved == list(range(1, 22, 2))
+    rows = writer.read_rows(tmp_path / "metrics.jsonl")
+    assert [row["loss"] is None for row in rows] == [False, True] * 10 + [False]
+
+
 def test_ten_bad_gradients_in_a_row_stop_the_loop(joint, tmp_path, capsys):
     good = tiny.batch(joint.config)
     bad = good.replace(image=np.full_like(good.image, np.nan))
     saved = []
     with pytest.raises(loop.DivergedError) as raised:
-        run_loop(joint, bad, tmp_path, 100, saved)
+        run_loop(joint, Repeated(bad), tmp_path, 100, saved)
     assert saved == []  # parameters that lead nowhere would push out good ones
     message = str(raised.value)
     assert message.startswith("10 gradients in a row, the last at step 10, were not finite")
     assert "training.learning_rate" in message and "--restart_from" in message
     assert "\n" not in message
 
-    state, complete = run_loop(joint, good, tmp_path, 3, saved)
-    assert complete and int(state.step) == 3 and saved == [1, 2, 3]
+    state = run_loop(joint, Repeated(good), tmp_path, 3, saved)
+    assert int(state.step) == 3 and saved == [1, 2, 3]
     assert "step 3/3  loss" in capsys.readouterr().out
 
 
