@@ -186,8 +186,11 @@ class CausalModel(Protocol):
         """
         ...
 
-    def embed(self, token: Token, at: Int[Array, "*b n_plus_1"]) -> Float[Array, "b n d"]:
-        """Tokens as they are fed; `at` holds their positions and the one that is visited next."""
+    def embed(self, token: Token, at: Int[Array, "*b n_plus_w"]) -> Float[Array, "b n d"]:
+        """Tokens as they are fed; `at` holds their positions and those of the window after them.
+
+        The next position visited is the first of that window. Where there are no more, any stands.
+        """
         ...
 
     def advance(
@@ -200,8 +203,13 @@ class CausalModel(Protocol):
         """Conditions after what is fed and, before it, what the cache holds; and the cache."""
         ...
 
-    def rows(self, cond: Float[Array, "*n d"], num_entries: int) -> Float[Array, "*n w d"]:
-        """From a condition, one row for each of the first entries of its window."""
+    def rows(
+        self, cond: Float[Array, "*n d"], at: Int[Array, "*m entries"]
+    ) -> Float[Array, "*n w d"]:
+        """From a condition, one row for each of the first entries of its window.
+
+        `at` says where these lie, for every condition or for all.
+        """
         ...
 
     def factor_logits(
@@ -218,6 +226,15 @@ class CausalModel(Protocol):
 
     def code_vectors(self, codes: Int[Array, "*n factors"]) -> Float[Array, "*n d"]:
         """Embedded codes."""
+        ...
+
+    def where(
+        self, at: Int[Array, "*n"]
+    ) -> tuple[Float[Array, "*n d"], Float[Array, "*n d"]] | None:
+        """What tells a code that it lies at a position, and what tells a guess that it is about it.
+
+        None for a model that visits positions in one order only: it needs no telling.
+        """
         ...
 
     # Of every Linen module.

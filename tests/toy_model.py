@@ -24,6 +24,7 @@ class Bag(nn.Module):
     window = 1
     channels = None
     unrolled = True
+    normalised = True
 
     def setup(self):
         self.class_embed = linear.Embed(self.num_classes + 1, self.width)
@@ -64,8 +65,11 @@ class Bag(nn.Module):
         cond = jnp.tanh(self.hidden(mean + self.position[about]))
         return cond, cache and Cache(total[:, -1:], count[-1])
 
-    def rows(self, cond, num_entries):
+    def rows(self, cond, at):
         return cond[..., None, :]
+
+    def where(self, at):
+        return None
 
     def factor_logits(self, row, factors):
         return self.code_head(row)

@@ -17,7 +17,7 @@ from arcond_jax.build import official as official_lib
 from arcond_jax.config import Config, ConfigError
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.diffusion import solvers
-from arcond_jax.models import diffusion_head, gpt, tensorar
+from arcond_jax.models import diffusion_head, gpt, tensorar, windows
 from arcond_jax.nn import stack
 from arcond_jax.sampling import guidance as guidance_lib
 from arcond_jax.sampling import heads, raster, stride
@@ -110,9 +110,9 @@ TENSORAR = {
     "window": keys.integer(4),
     "depth": keys.integer(2),
     "mlp_ratio": keys.integer(4, low=0),
-    "drafts": keys.choice("masked", tensorar.SHOWN),
-    "noise": keys.choice("categorical", tensorar.NOISES),
-    "noise_schedule": keys.choice("exponential", tuple(tensorar.SCHEDULES)),
+    "drafts": keys.choice("masked", windows.SHOWN),
+    "noise": keys.choice("categorical", windows.NOISES),
+    "noise_schedule": keys.choice("exponential", tuple(windows.SCHEDULES)),
     "nested": keys.flag(True),
     "draft_weight": keys.number(1.0, low=0.0),
 }
@@ -170,15 +170,15 @@ def windowed(config: Config, inner: Any) -> Any:
     )
 
 
-def drafts(config: Config, fitted: types.Tokenizer | None) -> tensorar.Drafts:
+def drafts(config: Config, fitted: types.Tokenizer | None) -> windows.Drafts:
     """What windows show in training."""
     if "tensorar" not in config:
-        return tensorar.Drafts()
+        return windows.Drafts()
     codebook, table = None, tokens.kind_of(config).codebook
     if config.tensorar.noise == "codebook" and table is not None and fitted is not None:
         codebook = np.asarray(table(fitted))
     names = ("drafts", "noise", "noise_schedule", "nested")
-    return tensorar.Drafts(codebook=codebook, **{name: config.tensorar[name] for name in names})
+    return windows.Drafts(codebook=codebook, **{name: config.tensorar[name] for name in names})
 
 
 def denoiser(config: Config) -> diffusion_head.DiffusionHead:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import types
-from arcond_jax.models import generator, losses, tensorar
+from arcond_jax.models import generator, losses, tensorar, windows
 from arcond_jax.nn import factors as factors_lib
 
 
@@ -30,7 +30,9 @@ def teacher_forced(
       at: Positions in the order they are visited.
     """
     prefix, about = network.prefix(prompt, at[..., :1])
-    x = jnp.concatenate([prefix, network.embed(token, at)], axis=1)
+    beyond = jnp.repeat(at[..., -1:], network.window - 1, axis=-1)
+    ahead = jnp.concatenate([at, beyond], axis=-1)
+    x = jnp.concatenate([prefix, network.embed(token, ahead)], axis=1)
     about = jnp.concatenate([about, at[..., 1:]], axis=-1)
     return network.advance(x, about, prompt, None)[0][:, prefix.shape[1] - 1 :]
 
@@ -46,8 +48,10 @@ def touch_all(network: Any, prompt: types.Prompt) -> None:
     token = given(codes, latents, network.window)
     cond = teacher_forced(network, token, prompt, jnp.arange(network.length))
     if codes is not None:
-        rows = network.rows(cond, network.window)
+        rows = network.rows(cond, jnp.zeros((1, network.window), jnp.int32))
         network.all_factor_logits(rows[..., 0, :], codes)
+        if isinstance(network, tensorar.Drafter):
+            network.draft_rows(cond, codes, jnp.zeros((1, network.num_drafts + 1), jnp.int32))
     if latents is not None:
         told = network.latent_cond(cond, None if codes is None else codes[..., 0])
         network.denoise(latents, jnp.zeros(shape, jnp.int32), told)
@@ -61,7 +65,7 @@ def given(
     if codes is None:
         return token
     seen = jnp.broadcast_to(jnp.arange(window) < 1, (*codes[:, :-1].shape[:-1], window))
-    return dataclasses.replace(token, codes=tensorar.windows(codes, window)[:, :-1], seen=seen)
+    return dataclasses.replace(token, codes=windows.of(codes, window)[:, :-1], seen=seen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +78,7 @@ class Generator(generator.Generator):
     """
 
     losses: tuple[losses.Loss, ...]
-    drafts: tensorar.Drafts = dataclasses.field(default_factory=tensorar.Drafts)
+    drafts: windows.Drafts = dataclasses.field(default_factory=windows.Drafts)
 
     streams = ("prompt", "windows", "latents", "dropout")
 
@@ -132,7 +136,7 @@ class Generator(generator.Generator):
         cond = apply(token, prompt, at, method=teacher_forced)
         total = jnp.zeros(())
         for part in self.losses:
-            loss, parts = part(self.network, apply, cond, codes, latents, rngs["latents"])
+            loss, parts = part(self.network, apply, cond, at, codes, latents, rngs["latents"])
             total, metrics = total + loss, metrics | parts
         return total, {"loss": total} | metrics
 
@@ -153,7 +157,8 @@ class Generator(generator.Generator):
     ) -> Int[Array, "b l w factors"]:
         """The windows that the model draws at all positions after what is fed."""
         cond = self.apply(params, token, prompt, at, method=teacher_forced)
-        rows = self.apply(params, cond, self.network.window, method="rows")
+        entries = windows.ahead(at, self.network.window)
+        rows = self.apply(params, cond, entries, method="rows")
         factors = jnp.zeros((*rows.shape[:-1], 0), jnp.int32)
         for i in range(len(self.network.factor_sizes)):
             logits = self.apply(params, rows, factors, method="factor_logits")

@@ -52,7 +52,7 @@ class Joint(llamagen.LlamaGen, kw_only=True):
         h = super().condition(h, about)
         return h + self.head_position[about].astype(h.dtype)
 
-    def embed(self, token: types.Token, at: Int[Array, "*b n_plus_1"]) -> Float[Array, "b n d"]:
+    def embed(self, token: types.Token, at: Int[Array, "*b n_plus_w"]) -> Float[Array, "b n d"]:
         """Latents and codes, added."""
         assert token.latents is not None
         x = self.latent_in(token.latents)

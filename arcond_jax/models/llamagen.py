@@ -55,7 +55,7 @@ class LlamaGen(prompted.Prompted, kw_only=True):
         del about
         return self.final_norm(h)
 
-    def embed(self, token: types.Token, at: Int[Array, "*b n_plus_1"]) -> Float[Array, "b n d"]:
+    def embed(self, token: types.Token, at: Int[Array, "*b n_plus_w"]) -> Float[Array, "b n d"]:
         """Vectors of the codes; where they lie is the trunk's business."""
         del at
         assert token.codes is not None

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from arcond_jax import types
 from arcond_jax.diffusion import gaussian
 from arcond_jax.diffusion import schedule as schedule_lib
-from arcond_jax.models import tensorar
+from arcond_jax.models import tensorar, windows
 
 Apply = Callable[
     ..., Any
@@ -34,6 +34,7 @@ class Loss(Protocol):
         network: types.CausalModel,
         apply: Apply,
         cond: Float[Array, "b l d"],
+        at: Int[Array, "*b l"],
         factors: Int[Array, "b l factors"] | None,
         latents: Float[Array, "b l c"] | None,
         rng: Key[Array, ""],
@@ -47,16 +48,19 @@ class CodeLoss:
     Attributes:
       weight: Of this loss in the whole.
       draft_weight: Of the mean cross-entropy of entries 1 and up of a window against entry 0's.
+      draft_weights: Of each entry from 1 on against the others, in that mean; None for the same.
     """
 
     weight: float = 1.0
     draft_weight: float = 1.0
+    draft_weights: tuple[float, ...] | None = None
 
     def __call__(
         self,
         network: types.CausalModel,
         apply: Apply,
         cond: Float[Array, "b l d"],
+        at: Int[Array, "*b l"],
         factors: Int[Array, "b l factors"] | None,
         latents: Float[Array, "b l c"] | None,
         rng: Key[Array, ""],
@@ -64,7 +68,7 @@ class CodeLoss:
         """Mean over positions; what of a window lies beyond the end is left out."""
         del latents, rng
         assert factors is not None
-        entries = cross_entropy(network, apply, cond, factors)
+        entries = cross_entropy(network, apply, cond, at, factors)
         first, drafts = jnp.sum(entries[0]), jnp.sum(entries[1:], axis=-1)
         metrics = {"cross_entropy": first}
         if entries.shape[1] > 1:
@@ -72,8 +76,49 @@ class CodeLoss:
         loss = first
         if network.window > 1:
             metrics |= {f"cross_entropy/draft_{j}": x for j, x in enumerate(drafts, 1)}
-            loss = loss + self.draft_weight * jnp.mean(drafts)
+            loss = loss + self.draft_weight * weighted(drafts, self.draft_weights)
         return self.weight * loss, metrics | {"loss_tensor": loss}
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftLoss:
+    """Cross-entropy of what a `tensorar.Drafter` guesses; the model inside learns nothing from it.
+
+    Attributes:
+      draft_weights: As in `CodeLoss`.
+    """
+
+    draft_weights: tuple[float, ...] | None = None
+
+    def __call__(
+        self,
+        network: types.CausalModel,
+        apply: Apply,
+        cond: Float[Array, "b l d"],
+        at: Int[Array, "*b l"],
+        factors: Int[Array, "b l factors"] | None,
+        latents: Float[Array, "b l c"] | None,
+        rng: Key[Array, ""],
+    ) -> tuple[Float[Array, ""], types.Metrics]:
+        """Mean over positions; guesses about what lies beyond the end are left out."""
+        del latents, rng
+        assert factors is not None and isinstance(network, tensorar.Drafter)
+        window = network.num_drafts + 1
+        cond = jax.lax.stop_gradient(cond)
+        rows = apply(cond, factors, windows.ahead(at, window), method="draft_rows")
+        drafts = cross_entropy_of_entries(apply, rows, factors, entries=range(1, window))
+        drafts = jnp.sum(drafts, axis=-1)
+        loss = weighted(drafts, self.draft_weights)
+        return loss, {f"cross_entropy/draft_{j}": x for j, x in enumerate(drafts, 1)}
+
+
+def weighted(
+    losses: Float[Array, " drafts"], weights: tuple[float, ...] | None
+) -> Float[Array, ""]:
+    """Their mean, under weights if there are any."""
+    if weights is None:
+        return jnp.mean(losses)
+    return jnp.sum(losses * jnp.asarray(weights)) / sum(weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +142,13 @@ class LatentLoss:
         network: types.CausalModel,
         apply: Apply,
         cond: Float[Array, "b l d"],
+        at: Int[Array, "*b l"],
         factors: Int[Array, "b l factors"] | None,
         latents: Float[Array, "b l c"] | None,
         rng: Key[Array, ""],
     ) -> tuple[Float[Array, ""], types.Metrics]:
         """Mean over positions and copies."""
+        del at
         assert latents is not None
         time_rng, noise_rng, code_rng = jax.random.split(rng, 3)
         codes = None
@@ -139,16 +186,29 @@ def cross_entropy(
     network: types.CausalModel,
     apply: Apply,
     cond: Float[Array, "b l d"],
+    at: Int[Array, "*b l"],
     factors: Int[Array, "b l factors"],
 ) -> Float[Array, "w factors"]:
-    """Mean cross-entropy of each entry of the window and each factor, in nats.
+    """Mean cross-entropy of each entry of the window and each factor, in nats."""
+    rows = apply(cond, windows.ahead(at, network.window), method="rows")
+    return cross_entropy_of_entries(apply, rows, factors, entries=range(network.window))
+
+
+def cross_entropy_of_entries(
+    apply: Apply,
+    rows: Float[Array, "b l entries d"],
+    factors: Int[Array, "b l factors"],
+    *,
+    entries: range,
+) -> Float[Array, "entries factors"]:
+    """Mean cross-entropy of the given entries of the window and each factor, in nats.
 
     Entry after entry with rematerialisation: the logits of all entries are never held at once.
     """
-    rows = apply(cond, network.window, method="rows")
     num_rows, length, _ = factors.shape
-    targets = tensorar.windows(factors, network.window)
-    counted = jnp.asarray(tensorar.inside(length, network.window), jnp.float32)
+    chosen = slice(entries.start, entries.stop)
+    targets = windows.of(factors, entries.stop)[:, :, chosen]
+    counted = jnp.asarray(windows.inside(length, entries.stop)[:, chosen], jnp.float32)
 
     @jax.checkpoint
     def of_entry(
@@ -165,5 +225,5 @@ def cross_entropy(
     def body(_, entry):
         return None, of_entry(*entry)
 
-    entries = (jnp.moveaxis(rows, 2, 0), jnp.moveaxis(targets, 2, 0), counted.T)
-    return jax.lax.scan(body, None, entries)[1]
+    scanned = (jnp.moveaxis(rows, 2, 0), jnp.moveaxis(targets, 2, 0), counted.T)
+    return jax.lax.scan(body, None, scanned)[1]

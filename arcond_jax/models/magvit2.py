@@ -9,6 +9,8 @@ Source: Luo et al. (2024), "Open-MAGVIT2"; TencentARC/SEED-Voken,
 src/Open_MAGVIT2/modules/transformer/gpt.py.
 """
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -42,6 +44,8 @@ class MAGVIT2(prompted.Prompted, kw_only=True):
     factor_sizes: tuple[int, ...] = FACTOR_SIZES
     intra_depth: int = 2
 
+    normalised: ClassVar[bool] = False  # what is drawn from conditions normalises for itself
+
     def setup(self) -> None:
         super().setup()
         width, dtype = self.backbone.width, self.backbone.dtype
@@ -73,7 +77,7 @@ class MAGVIT2(prompted.Prompted, kw_only=True):
         del about
         return h
 
-    def embed(self, token: types.Token, at: Int[Array, "*b n_plus_1"]) -> Float[Array, "b n d"]:
+    def embed(self, token: types.Token, at: Int[Array, "*b n_plus_w"]) -> Float[Array, "b n d"]:
         """Vectors of the codes; where they lie is the trunk's business."""
         del at
         assert token.codes is not None

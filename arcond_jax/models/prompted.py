@@ -8,6 +8,7 @@ Source: LlamaGen (Sun et al., 2024), autoregressive/models/gpt.py, `LabelEmbedde
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ class Prompted(nn.Module, kw_only=True):
     num_classes: int | None
     caption_width: int = CAPTION_WIDTH
     token_dropout: float = 0.0
+
+    normalised: ClassVar[bool] = True  # conditions are of unit size
 
     def setup(self) -> None:
         width, dtype = self.backbone.width, self.backbone.dtype
@@ -114,10 +117,14 @@ class Prompted(nn.Module, kw_only=True):
         """From the trunk's output to conditions of the positions they are about."""
         raise NotImplementedError
 
-    def rows(self, cond: Float[Array, "*n d"], num_entries: int) -> Float[Array, "*n w d"]:
+    def rows(self, cond: Float[Array, "*n d"], at: Int[Array, "*m 1"]) -> Float[Array, "*n 1 d"]:
         """The condition itself: the window is one code."""
-        del num_entries
+        del at
         return cond[..., None, :]
+
+    def where(self, at: Int[Array, "*n"]) -> None:
+        """The order is always raster, and the trunk counts."""
+        del at
 
     def _visible(self, prompt: types.Prompt) -> Bool[Array, "b places"] | None:
         """Places of prompt and grid that the others may see: all but the padding of captions."""

@@ -11,6 +11,7 @@ fed between them.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -108,6 +109,8 @@ class RAR(nn.Module):
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
 
+    normalised: ClassVar[bool] = True  # conditions are of unit size
+
     def setup(self) -> None:
         length = PREFIX + self.length
         self.start_token = self._table("start_token", (self.width,), parameter.zeros_init)
@@ -189,11 +192,12 @@ class RAR(nn.Module):
         x = jnp.concatenate([start + places[0], label], axis=1)
         return x, jnp.concatenate([jnp.full_like(at, -1), at], axis=-1)
 
-    def embed(self, token: types.Token, at: Int[Array, "*b n_plus_1"]) -> Float[Array, "b n d"]:
+    def embed(self, token: types.Token, at: Int[Array, "*b n_plus_w"]) -> Float[Array, "b n d"]:
         """Codes, each told its position and the next one."""
         assert token.codes is not None
-        x = self.code_vectors(token.codes[..., 0, :]) + self._rows(self.position, at[..., :-1])
-        return x + self._rows(self.next_position, at[..., 1:])
+        n = token.codes.shape[1]
+        x = self.code_vectors(token.codes[..., 0, :]) + self._rows(self.position, at[..., :n])
+        return x + self._rows(self.next_position, at[..., 1 : n + 1])
 
     def advance(
         self,
@@ -214,9 +218,9 @@ class RAR(nn.Module):
         scale, shift = modulation.parts(vectors)  # in this order, other than in the blocks
         return modulation.modulate(self.final_norm(x), shift, scale), cache
 
-    def rows(self, cond: Float[Array, "*n d"], num_entries: int) -> Float[Array, "*n w d"]:
+    def rows(self, cond: Float[Array, "*n d"], at: Int[Array, "*m 1"]) -> Float[Array, "*n 1 d"]:
         """The condition itself: the window is one code."""
-        del num_entries
+        del at
         return cond[..., None, :]
 
     def factor_logits(
@@ -234,6 +238,10 @@ class RAR(nn.Module):
 
     def code_vectors(self, codes: Int[Array, "*n 1"]) -> Float[Array, "*n d"]:
         return self.code_embed(codes[..., 0])
+
+    def where(self, at: Int[Array, "*n"]) -> tuple[Float[Array, "*n d"], Float[Array, "*n d"]]:
+        """Rows of the tables of positions: of a token's own, and of the one that comes next."""
+        return self._rows(self.position, at), self._rows(self.next_position, at)
 
     def _class_row(self, label: Int[Array, " b"]) -> Float[Array, "b 1 d"]:
         return self.code_embed(self.num_codes + 1 + label)[:, None]

@@ -33,6 +33,10 @@ class Place:
         """Runs a method of the network."""
         return self.network.apply({"params": self.params}, *args, method=method)
 
+    def ahead(self, count: int) -> Int[Array, " count"]:
+        """This position and those after it; beyond the end the last stands again."""
+        return jnp.minimum(self.position + jnp.arange(count), self.network.length - 1)
+
     def weight(self, factor: int = 0) -> Float[Array, ""] | None:
         """Guidance at this position."""
         length = self.network.length
@@ -123,7 +127,7 @@ class Codes:
         num_entries: int,
     ) -> Int[Array, "b w factors"]:
         """The first entries of the window, each factor given those before it."""
-        rows = place.apply(cond, num_entries, method="rows")
+        rows = place.apply(cond, place.ahead(num_entries), method="rows")
         factors = jnp.zeros((rngs.shape[0], num_entries, 0), jnp.int32)
         for i in range(len(place.network.factor_sizes)):
             logits = place.apply(rows, place.guidance.both(factors), method="factor_logits")

@@ -89,7 +89,7 @@ class Raster:
                 pair = (self.guidance.conditional(c) for c in (drawn[:, 0], cond))
                 out |= dict(zip(("cond_drawn", "cond_refined"), pair, strict=True))
             both = jax.tree.map(self.guidance.both, token)
-            x = place.apply(both, position + jnp.arange(2), method="embed")
+            x = place.apply(both, place.ahead(1 + self.network.window), method="embed")
             return Carry(x=x, cache=cache, refiner_state=state), out
 
         carry, out = jax.lax.scan(body, start, jnp.arange(self.network.length))

@@ -92,7 +92,9 @@ class StrideSampler:
             window, cache, state = carry
             place = heads.Place(network, layout.together(weights), base.guidance, position)
             token = jax.tree.map(base.guidance.both, self._fed(window, position))
-            x = place.apply(token, position - stride + jnp.arange(stride + 1), method="embed")
+            at = position - stride + jnp.arange(stride + network.window)
+            at = jnp.minimum(at, network.length - 1)
+            x = place.apply(token, at, method="embed")
             return advance(x, cache, state, position), window[:, :stride]
 
         x, cache = base.start(params, prompts)

@@ -11,7 +11,16 @@ import tiny
 
 from arcond_jax import types
 from arcond_jax.diffusion import schedule
-from arcond_jax.models import causal, diffusion_head, gpt, joint, llamagen, losses, tensorar
+from arcond_jax.models import (
+    causal,
+    diffusion_head,
+    gpt,
+    joint,
+    llamagen,
+    losses,
+    tensorar,
+    windows,
+)
 
 NUM_CODES, NUM_CLASSES, CHANNELS, WIDTH, LENGTH, BATCH = 12, 3, 4, 32, 4, 3
 BACKBONE = gpt.GPT(depth=2, width=WIDTH, num_heads=2, grid=(2, 2), mlp_hidden=48)
@@ -179,8 +188,8 @@ def test_cross_entropy_equals_the_naive_one_over_all_logits(params, tokens):
         codes = tokens.codes[..., None]
         token, at = causal.given(codes, tokens.latents, WINDOW), jnp.arange(LENGTH)
         cond = apply(token, LABEL, at, method=causal.teacher_forced)
-        rows = apply(cond, WINDOW, method="rows")
-        return apply(rows, tensorar.windows(codes, WINDOW), method="all_factor_logits")[0]
+        rows = apply(cond, jnp.zeros((1, WINDOW), int), method="rows")
+        return apply(rows, windows.of(codes, WINDOW), method="all_factor_logits")[0]
 
     log_p = np.asarray(jax.nn.log_softmax(all_logits(params)))
     naive = []
@@ -253,7 +262,7 @@ def test_every_kind_of_draft_is_its_own_loss(params, tokens):
     ]
     values = []
     for variant in variants:
-        drafts = tensorar.Drafts(noise_schedule="sine", nested=False, **variant)
+        drafts = windows.Drafts(noise_schedule="sine", nested=False, **variant)
         loss = generator(CODES_ONLY, tensor={}, drafts=drafts).loss
         values.append(float(jax.jit(loss)(params, tokens, LABEL, RNG)[0]))
     assert np.all(np.isfinite(values))
@@ -285,7 +294,7 @@ def test_loss_needs_the_tokens_of_its_network(joint_params, tokens):
 def test_choices_that_do_not_exist_are_refused(params, tokens):
     for name in ("drafts", "noise", "noise_schedule"):
         with pytest.raises(ValueError, match=f"{name} 'cubic' is not one of"):
-            tensorar.Drafts(**{name: "cubic"})
-    drafts = tensorar.Drafts("noised", "codebook")
+            windows.Drafts(**{name: "cubic"})
+    drafts = windows.Drafts("noised", "codebook")
     with pytest.raises(ValueError, match="noise 'codebook' needs a tokenizer with one codebook"):
         generator(CODES_ONLY, tensor={}, drafts=drafts).loss(params, tokens, LABEL, RNG)

@@ -285,7 +285,7 @@ def drawn_window(params, windows, position):
 
     def logits(label):
         cond = apply(token, label, jnp.arange(LENGTH), method=causal.teacher_forced)
-        rows = apply(cond[:, position], WINDOW, method="rows")
+        rows = apply(cond[:, position], jnp.zeros((1, WINDOW), int), method="rows")
         return apply(rows, jnp.zeros((*rows.shape[:-1], 0), int), method="factor_logits")
 
     labels = jnp.stack([LABEL, jnp.full_like(LABEL, NUM_CLASSES)])

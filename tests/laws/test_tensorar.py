@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from arcond_jax import types
-from arcond_jax.models import causal, gpt, llamagen, magvit2, rar, tensorar
+from arcond_jax.models import causal, gpt, llamagen, magvit2, rar, tensorar, windows
 from arcond_jax.nn import factors, norm
 from arcond_jax.sampling import heads, raster
 from arcond_jax.transport import refiners
@@ -33,7 +33,7 @@ def forward(network):
     def run(params, token, label):
         apply = functools.partial(network.apply, {"params": params})
         cond = apply(token, label, jnp.arange(LENGTH), method=causal.teacher_forced)
-        rows = apply(cond, network.window, method="rows")
+        rows = apply(cond, windows.ahead(jnp.arange(LENGTH), network.window), method="rows")
         return apply(rows, jnp.zeros((*rows.shape[:-1], 0), int), method="factor_logits")
 
     return run
@@ -77,9 +77,9 @@ def drafts(codes):
     return shown(jnp.concatenate([codes[..., None], beyond], axis=-1))
 
 
-def shown(windows):
+def shown(held):
     """As they are fed, that of the last position left out."""
-    fed = windows[:, :-1]
+    fed = held[:, :-1]
     return types.Token(codes=fed[..., None], seen=jnp.ones(fed.shape, bool))
 
 
@@ -88,28 +88,28 @@ LABEL = jnp.array([0, 2])
 
 def test_windows_hold_what_comes_next():
     codes = jnp.array([[5, 6, 7, 8]])
-    windows = tensorar.windows(codes, WINDOW)
-    assert windows[0].tolist() == [[5, 6, 7], [6, 7, 8], [7, 8, 0], [8, 0, 0]]
-    np.testing.assert_array_equal(tensorar.inside(4, WINDOW), windows[0] != 0)
-    np.testing.assert_array_equal(tensorar.windows(codes, 1), codes[..., None])
-    in_factors = tensorar.windows(jnp.stack([codes, -codes], axis=-1), WINDOW)
-    np.testing.assert_array_equal(in_factors, jnp.stack([windows, -windows], axis=-1))
+    held = windows.of(codes, WINDOW)
+    assert held[0].tolist() == [[5, 6, 7], [6, 7, 8], [7, 8, 0], [8, 0, 0]]
+    np.testing.assert_array_equal(windows.inside(4, WINDOW), held[0] != 0)
+    np.testing.assert_array_equal(windows.of(codes, 1), codes[..., None])
+    in_factors = windows.of(jnp.stack([codes, -codes], axis=-1), WINDOW)
+    np.testing.assert_array_equal(in_factors, jnp.stack([held, -held], axis=-1))
 
 
-@pytest.mark.parametrize("drafts", tensorar.SHOWN)
+@pytest.mark.parametrize("drafts", windows.SHOWN)
 def test_the_first_entries_are_shown_and_none_beyond_the_end(drafts):
     codes = MANY[..., None]
-    token = tensorar.Drafts(drafts, "none")(
+    token = windows.Drafts(drafts, "none")(
         causal.given(codes, None, WINDOW),
         codes,
         jax.random.key(0),
         factor_sizes=(NUM_CODES,),
         draw=lambda rng: pytest.fail("nothing is drawn"),
     )
-    np.testing.assert_array_equal(token.codes, tensorar.windows(codes, WINDOW)[:, :-1])
+    np.testing.assert_array_equal(token.codes, windows.of(codes, WINDOW)[:, :-1])
     length = np.sum(token.seen, axis=-1)
     np.testing.assert_array_equal(token.seen, np.arange(WINDOW) < length[..., None])
-    most = np.sum(tensorar.inside(MANY.shape[1], WINDOW)[:-1], axis=-1)
+    most = np.sum(windows.inside(MANY.shape[1], WINDOW)[:-1], axis=-1)
     if drafts == "random":  # any number is as likely as any other
         share = np.mean(length[:, 0, None] == np.arange(1, WINDOW + 1), axis=0)
         np.testing.assert_allclose(share, 1 / WINDOW, atol=4 / np.sqrt(WINDOW * len(MANY)))
@@ -128,30 +128,30 @@ def test_noise_levels_grow_from_nothing_and_never_reach_one():
         "sqrt": [0, 0.5, 0.707, 0.866],
         "exponential": [0, 0.165, 0.378, 0.650],
     }
-    assert expected.keys() == tensorar.SCHEDULES.keys()
+    assert expected.keys() == windows.SCHEDULES.keys()
     for name, values in expected.items():
-        np.testing.assert_allclose(tensorar.noise_levels(name, 4), values, atol=5e-4)
-        levels = tensorar.noise_levels(name, 16)
+        np.testing.assert_allclose(windows.noise_levels(name, 4), values, atol=5e-4)
+        levels = windows.noise_levels(name, 16)
         assert levels[0] == 0 and np.all(np.diff(levels) > 0) and levels[-1] < 1
 
 
 LEVELS = np.array([0.0, 0.4, 0.8], np.float32)
 MANY = jax.random.randint(jax.random.key(4), (3000, 5), 0, NUM_CODES)
-CLEAN = np.asarray(tensorar.windows(MANY, WINDOW))
-INSIDE = np.broadcast_to(tensorar.inside(MANY.shape[1], WINDOW), CLEAN.shape)
+CLEAN = np.asarray(windows.of(MANY, WINDOW))
+INSIDE = np.broadcast_to(windows.inside(MANY.shape[1], WINDOW), CLEAN.shape)
 CODEBOOK = jax.random.normal(jax.random.key(5), (NUM_CODES, 3))
 
 
 def categorical(rng, nested):
     sizes = (NUM_CODES,)
-    noised = tensorar.categorical_noise(
+    noised = windows.categorical_noise(
         rng, MANY[..., None], levels=LEVELS, factor_sizes=sizes, nested=nested
     )
     return np.asarray(noised[..., 0])
 
 
 def codebook(rng, nested=False, codes=MANY, levels=LEVELS, codebook=CODEBOOK, **options):
-    noised = tensorar.codebook_noise(
+    noised = windows.codebook_noise(
         rng, codes[..., None], levels=levels, codebook=codebook, nested=nested, **options
     )
     return np.asarray(noised[..., 0])
@@ -186,11 +186,11 @@ def test_categorical_noise_replaces_all_factors_of_a_code(nested):
     sizes = (3, 4)
     codes = factors.split(MANY, sizes)
     noised = np.asarray(
-        tensorar.categorical_noise(
+        windows.categorical_noise(
             jax.random.key(0), codes, levels=LEVELS, factor_sizes=sizes, nested=nested
         )
     )[:, :3, 2]
-    changed = noised != tensorar.windows(codes, WINDOW)[:, :3, 2]
+    changed = noised != windows.of(codes, WINDOW)[:, :3, 2]
     # They are replaced together, each by any of its values, whatever the others get.
     for which, kept in (((0,), 1 / 3), ((1,), 1 / 4), ((0, 1), 1 / 12)):
         rate = LEVELS[2] * (1 - kept)
@@ -199,8 +199,8 @@ def test_categorical_noise_replaces_all_factors_of_a_code(nested):
 
 
 def test_drafts_of_the_model_itself_replace_codes_at_their_level():
-    codes, levels = MANY[..., None], tensorar.noise_levels("sine", WINDOW)
-    token = tensorar.Drafts("noised", "self", "sine")(
+    codes, levels = MANY[..., None], windows.noise_levels("sine", WINDOW)
+    token = windows.Drafts("noised", "self", "sine")(
         causal.given(codes, None, WINDOW),
         codes,
         jax.random.key(0),
@@ -247,20 +247,12 @@ def test_codebook_noise_at_level_zero_is_the_identity():
     np.testing.assert_array_equal(noised, CLEAN)
 
 
-def test_codebook_noise_does_not_depend_on_the_block():
-    small, large = (
-        codebook(jax.random.key(0), codes=MANY[:50], block_size=block_size)
-        for block_size in (7, 2048)
-    )
-    np.testing.assert_array_equal(small, large)
-
-
 def test_codebook_noise_on_signs_is_a_hard_switch():
     signs = jnp.asarray(list(itertools.product((-1.0, 1.0), repeat=3)))
     codes = MANY % len(signs)
     levels = np.array([0.0, 0.45, 0.55], np.float32)
     noised = codebook(jax.random.key(0), codes=codes, levels=levels, codebook=signs)
-    clean = tensorar.windows(codes, WINDOW)
+    clean = windows.of(codes, WINDOW)
     changed = (noised != clean) & INSIDE
     assert not np.any(changed[..., 1])
     flips = changed[..., 2][INSIDE[..., 2]]
@@ -318,7 +310,7 @@ def test_any_model_in_windows_starts_as_itself(name, codes):
         apply = functools.partial(network.apply, {"params": params})
         token, at = causal.given(given, None, network.window), jnp.arange(LENGTH)
         cond = apply(token, LABEL, at, method=causal.teacher_forced)
-        rows = apply(cond, network.window, method="rows")
+        rows = apply(cond, windows.ahead(jnp.arange(LENGTH), network.window), method="rows")
         logits = apply(rows[..., 0, :], given, method="all_factor_logits")
         loop = raster.Raster(network, (heads.Codes(),), trace=True)
         drawn = loop(params, jax.random.key(7), LABEL, refiner=refiners.Identity())
@@ -345,7 +337,9 @@ def test_drafts_of_any_model_follow_the_laws_of_its_rows(name):
         sampled = loop(params, rng, LABEL, refiner=refiners.Identity())
         drawn = factors.split(sampled.drafts, network.factor_sizes)
         cond = generator.conditions(params, sampled.tokens, LABEL)
-        rows = generator.apply(params, cond, WINDOW, method="rows")
+        rows = generator.apply(
+            params, cond, windows.ahead(jnp.arange(LENGTH), WINDOW), method="rows"
+        )
         laws = generator.apply(params, rows, drawn, method="all_factor_logits")
 
         def draw(row, position, factor):
