@@ -17,11 +17,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import build, types
-from arcond_jax.models import llamagen, mar
+from arcond_jax.models import llamagen, mar, tensorar
 from arcond_jax.nn import mlp
 from arcond_jax.parallel import compiled as compiled_lib
+from arcond_jax.sampling import heads, raster
 from arcond_jax.sampling import mar as mar_sampling
-from arcond_jax.sampling import raster
 from arcond_jax.transport import refiners
 
 
@@ -83,27 +83,27 @@ def measure(
     """Times the samplers of configs of one model, with random weights.
 
     Args:
-      configs: By name; they may differ in the section `sampling` alone.
+      configs: By name; they may differ in the sections `sampling` and `tensorar` alone.
       num_runs: Of every program; the fastest counts.
       split: Also time the parts of the first sampler alone: encoder, decoder and head of MAR, and
         the tokenizer's decoder.
     """
     first = next(iter(configs.values()))
     mesh = build.mesh(first)
-    init = compiled_lib.Compiled(build.generator(first).init, mesh)
-    params = nn.unbox(init(jax.random.key(0)))
-    timings = []
+    params = _initial_params(configs, mesh)
+    prompt_of = build.network(first).no_prompt
+    timings, rng = [], jax.random.key(1)
     for batch_size in batch_sizes:
         programs: dict[str, Program] = {}
         for name, config in configs.items():
-            loop = build.sampler(config)
-            programs[name] = Program(_sampler(config), sampling_work(loop, batch_size))
+            loop, args = build.sampler(config), (params[name], rng, prompt_of(batch_size))
+            work = sampling_work(loop, batch_size)
+            programs[name] = Program(_sampler(config), args, work)
             if split and config is first and isinstance(loop, mar_sampling.MARSampler):
                 counts = mar_operations(loop, batch_size)
                 for part, function in mar_parts(loop).items():
-                    programs[f"{name}: {part}"] = Program(function, Work(counts[part]))
-        args = params, jax.random.key(1), build.network(first).no_prompt(batch_size)
-        timings += _in_turns(programs, args, mesh, num_runs=num_runs)
+                    programs[f"{name}: {part}"] = Program(function, args, Work(counts[part]))
+        timings += _in_turns(programs, batch_size, mesh, num_runs=num_runs)
         if split and "path" in first.tokenizer:
             timings.append(_decoding(first, batch_size, mesh, num_runs=num_runs))
     return timings
@@ -111,10 +111,26 @@ def measure(
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function to compile, and what it has to do."""
+    """A function to compile, what it is given, and what it has to do."""
 
     function: Callable[..., Any]
+    args: tuple
     work: Work | None = None
+
+
+def _initial_params(configs: dict[str, build.Config], mesh: Mesh) -> dict[str, types.Params]:
+    """Random weights for each config; those of the same parameters share them."""
+    made: list[tuple[Any, types.Params]] = []
+    params = {}
+    for name, config in configs.items():
+        shapes = jax.tree.map(jnp.shape, nn.unbox(build.abstract_params(config)))
+        same = [held for there, held in made if there == shapes]
+        if not same:
+            init = compiled_lib.Compiled(build.generator(config).init, mesh)
+            same = [nn.unbox(init(jax.random.key(0)))]
+            made.append((shapes, same[0]))
+        params[name] = same[0]
+    return params
 
 
 def _sampler(config: build.Config) -> Callable[..., Any]:
@@ -143,51 +159,77 @@ def _decoding(config: build.Config, batch_size: int, mesh: Mesh, *, num_runs: in
     else:
         tokens = types.Tokens(latents=jnp.zeros((*shape, build.token_channels(config))))
     name = f"{config.name}: decoding"
-    programs = {name: Program(lambda fitted, tokens: fitted.decode(tokens))}
-    return _in_turns(programs, (fitted, tokens), mesh, num_runs=num_runs)[0]
+    programs = {name: Program(lambda fitted, tokens: fitted.decode(tokens), (fitted, tokens))}
+    return _in_turns(programs, batch_size, mesh, num_runs=num_runs)[0]
 
 
 def sampling_work(loop: build.Sampler, batch_size: int) -> Work | None:
     """What a sampler has to do; None for those that are not counted."""
     if isinstance(loop, mar_sampling.MARSampler):
         return Work(sum(mar_operations(loop, batch_size).values()))
-    if isinstance(loop, raster.Raster) and type(loop.network) is llamagen.LlamaGen:
+    if isinstance(loop, raster.Raster) and type(_inner(loop.network)) is llamagen.LlamaGen:
         return code_work(loop, batch_size)
     return None
 
 
+def _inner(network: Any) -> Any:
+    """The model that windows are around."""
+    return network.inner if isinstance(network, tensorar.Around) else network
+
+
 def code_work(loop: raster.Raster, batch_size: int) -> Work:
-    """Of LlamaGen: every token passes all weights, and looks at a cache of full length."""
-    network: Any = loop.network
+    """Of LlamaGen: every token passes all weights, and looks at a cache of full length.
+
+    Windows add their encoder and decoder, and the head of every entry that is drawn.
+    """
+    network: Any = _inner(loop.network)
     gpt, rows = network.backbone, batch_size * (2 if loop.guidance.on else 1)
     kv_heads = gpt.num_kv_heads or gpt.num_heads
     head_dim = gpt.width // gpt.num_heads
     hidden = gpt.mlp_hidden or mlp.swiglu_hidden(gpt.width)
     projections = gpt.width * (2 * gpt.width + 2 * kv_heads * head_dim) + 3 * gpt.width * hidden
-    weights = gpt.depth * projections + gpt.width * (network.num_codes or 0)
+    head = gpt.width * (network.num_codes or 0)
+    weights, per_row = gpt.depth * projections + head, gpt.depth * projections + head
+    if isinstance(loop.network, tensorar.Windowed):
+        (codes,) = loop.heads
+        assert isinstance(codes, heads.Codes)
+        drawn = 1 if codes.drafts == "off" else loop.network.window
+        added, computed = window_work(loop.network, gpt.width, drawn)
+        weights, per_row = weights + added, per_row + computed + (drawn - 1) * head
     attention = 2 * gpt.depth * gpt.length * gpt.width
     cached = 2 * gpt.depth * rows * gpt.length * kv_heads * head_dim
     cached *= jnp.dtype(gpt.dtype).itemsize
     return Work(
-        operations=2.0 * network.length * rows * (weights + attention),
+        operations=2.0 * network.length * rows * (per_row + attention),
         bytes_read=float(network.length * (4 * weights + cached)),  # weights lie in float32
     )
 
 
+def window_work(network: tensorar.Windowed, width: int, drawn: int) -> tuple[int, int]:
+    """Weights of the query blocks of both sides, and products of them with rows at a position."""
+    added = computed = 0
+    for kept in (1, drawn):
+        for layer in range(network.depth):
+            rows = kept if layer == network.depth - 1 else network.window + 1
+            mlp_weights = 2 * network.mlp_ratio * width**2
+            added += 4 * width**2 + mlp_weights
+            computed += 2 * width**2 * (network.window + 1) + (2 * width**2 + mlp_weights) * rows
+    return added, computed
+
+
 def _in_turns(
-    programs: dict[str, Program], args: tuple, mesh: Mesh, *, num_runs: int
+    programs: dict[str, Program], batch_size: int, mesh: Mesh, *, num_runs: int
 ) -> list[Timing]:
     compiled = {
-        name: compiled_lib.Compiled(program.function, mesh).lower(*args).compile()
+        name: compiled_lib.Compiled(program.function, mesh).lower(*program.args).compile()
         for name, program in programs.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(num_runs):
         for name, program in compiled.items():
             start = time.perf_counter()
-            jax.block_until_ready(program(*args))
+            jax.block_until_ready(program(*programs[name].args))
             seconds[name].append(time.perf_counter() - start)
-    batch_size = len(jax.tree.leaves(args[-1])[0])
     return [
         Timing(name, batch_size, tuple(seconds[name]), _peak_bytes(compiled[name]), program.work)
         for name, program in programs.items()

@@ -28,9 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         action="append",
+        nargs="+",
         default=[],
         metavar="section.key=value",
-        help="time a sampler with another setting too; repeat for more",
+        help="time a sampler with other settings too, of sampling or tensorar; repeat for more",
     )
     parser.add_argument("--num_runs", type=int, default=1, help="of every program")
     parser.add_argument("--no_split", action="store_true", help="leave the parts out")
@@ -42,8 +43,8 @@ def main(args: argparse.Namespace) -> None:
         atomic.check(args.out)
     config = build.load_config(args.config, args.overrides)
     configs = {config.name: config}
-    for setting in args.against:
-        configs[setting] = build.with_overrides(config, [setting])
+    for settings in args.against:
+        configs[" ".join(settings)] = build.with_overrides(config, settings)
     timings = benchmark.measure(
         configs,
         batch_sizes=args.batch_size or [1],
