@@ -43,5 +43,6 @@ def get_config(folder: str = "") -> build.Config:
         samples_every=200,
         checkpoint_every=200,
     )
-    config.sampling.update(guidance_scale=1.5, top_k=100)
+    # Standardised pixels end near 3; unbounded, guesses of a short training run away.
+    config.sampling.update(guidance_scale=1.5, top_k=100, clip_latents=3.0)
     return config

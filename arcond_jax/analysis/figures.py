@@ -58,7 +58,7 @@ def image_grid(
     upscale: int = 1,
     gap: int = 2,
 ) -> UInt8[np.ndarray, "grid_height grid_width 4"]:
-    """Lays images out row by row; the rest of the cells and the gaps are transparent.
+    """Lays images out row by row; the rest of the cells and the gaps are white.
 
     Args:
       image_uint8: Grey (1 channel) or RGB (3 channels); the first `rows * columns` are shown.
@@ -77,15 +77,13 @@ def image_grid(
     if channels not in (1, 3):
         raise ValueError(f"Pictures need 1 (grey) or 3 (RGB) channels, got {channels}.")
     cell_height, cell_width = height * upscale, width * upscale
-    grid = np.zeros(
-        (rows * (cell_height + gap) - gap, columns * (cell_width + gap) - gap, 4), np.uint8
-    )
+    shape = (rows * (cell_height + gap) - gap, columns * (cell_width + gap) - gap, 4)
+    grid = np.full(shape, 255, np.uint8)
     for index, image in enumerate(image_uint8[: rows * columns]):
         top = index // columns * (cell_height + gap)
         left = index % columns * (cell_width + gap)
         cell = grid[top : top + cell_height, left : left + cell_width]
         cell[..., :3] = image.repeat(upscale, axis=0).repeat(upscale, axis=1)
-        cell[..., 3] = 255
     return grid
 
 
@@ -101,7 +99,7 @@ def class_grid(
 ) -> UInt8[np.ndarray, "grid_height grid_width 4"]:
     """One row per class: its first `per_class` images, in the order given.
 
-    A class with fewer images leaves transparent cells. With `names` of the classes, each row begins
+    A class with fewer images leaves white cells. With `names` of the classes, each row begins
     with its own, cut to what fits. See `image_grid` for the rest.
     """
     rows = [
@@ -113,14 +111,14 @@ def class_grid(
             np.concatenate([_written(name, len(row)), row], axis=1)
             for name, row in zip(names, rows, strict=False)
         ]
-    spacer = np.zeros((gap, rows[0].shape[1], 4), np.uint8)
+    spacer = np.full((gap, rows[0].shape[1], 4), 255, np.uint8)
     return np.concatenate([part for row in rows for part in (row, spacer)][:-1])
 
 
 def _written(text: str, height: int) -> UInt8[np.ndarray, "height width 4"]:
-    """A word on transparent ground, in a size that fits the height."""
+    """A word on white ground, in a size that fits the height."""
     size = min(height, TEXT_SIZE)
-    picture = PIL.Image.new("RGBA", (TEXT_CELL, height))
+    picture = PIL.Image.new("RGBA", (TEXT_CELL, height), "white")
     font = PIL.ImageFont.load_default(size)
     PIL.ImageDraw.Draw(picture).text((0, (height - size) // 2), text, (64, 64, 64, 255), font)
     return np.array(picture)

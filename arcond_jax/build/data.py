@@ -35,7 +35,7 @@ def _folder(config: Config, split: str) -> pipeline.Source:
     if data.directory is None:
         raise ConfigError("data.directory is not set: give the folder that holds the images")
     return folder.ImageFolder(
-        pathlib.Path(data.directory).expanduser(), split, image_size=data.image_size
+        pathlib.Path(data.directory).expanduser().absolute(), split, image_size=data.image_size
     )
 
 

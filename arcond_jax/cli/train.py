@@ -18,8 +18,9 @@ EPILOG = """examples:
   arcond train --config mar_base_imagenet256 --init weights/mar --workdir runs/tuned \\
       --init_classes new --config.data.num_classes=3 --config.data.directory=flowers
 
-Run the same command again to resume. Ctrl-C, SIGTERM and SIGHUP save and exit 0. Learning rate and
-clipping may change on the way; --restart_from goes back to an earlier checkpoint."""
+Run the same command again to resume. Ctrl-C, SIGTERM and SIGHUP save and exit 0 (the & of a shell
+script shields a run from Ctrl-C). Learning rate and clipping may change on the way; --restart_from
+goes back to an earlier checkpoint."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

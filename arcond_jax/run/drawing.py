@@ -1,5 +1,6 @@
 """Images from a trained model: by class, by caption, or around given tokens."""
 
+import logging
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from arcond_jax.transport import refiners
 
 DRAWN = 1000  # rows of a batch, where memory allows them
 DECODED = 64  # at a time, where memory allows them; more are no faster
+FAR, MUCH = 1.5, 0.2  # pixels beyond this are no picture's; a share of them that tells
 
 
 class NotFiniteError(ValueError):
@@ -105,7 +107,7 @@ class Drawer:
             lambda size: self._decode.lower(*piece(0, size)), num_rows, at_most=DECODED, mesh=mesh
         )
         pieces = [self._decode(*piece(start, size)) for start in range(0, num_rows, size)]
-        image_uint8, finite = (
+        image_uint8, finite, far = (
             np.concatenate([np.asarray(x) for x in parts])[:num_rows]
             for parts in zip(*pieces, strict=True)
         )
@@ -113,6 +115,13 @@ class Drawer:
             raise NotFiniteError(
                 f"{np.sum(~finite)} of {num_rows} images are not finite: look at the weights and "
                 "at the sampling section"
+            )
+        if far.mean() > MUCH:
+            logging.warning(
+                "%.0f %% of the pixels are far beyond black or white, so these are no pictures: "
+                "the model is untrained, or sampling runs away; try sampling.clip_latents=3, or "
+                "less guidance",
+                100 * far.mean(),
             )
         return image_uint8
 
@@ -196,10 +205,11 @@ def to_uint8(
 
 def _pixels(
     tokenizer: types.Tokenizer, tokens: types.Tokens
-) -> tuple[UInt8[Array, "n height width channels"], Bool[Array, " n"]]:
-    """Images, and which of them are finite."""
-    image = tokenizer.decode(tokens)
-    return to_uint8(image), jnp.isfinite(image).all(axis=(1, 2, 3))
+) -> tuple[UInt8[Array, "n height width channels"], Bool[Array, " n"], Float[Array, " n"]]:
+    """Images, which of them are finite, and of each the share of pixels that are `FAR`."""
+    image, axes = tokenizer.decode(tokens), (1, 2, 3)
+    far = jnp.mean(jnp.abs(image) > FAR, axis=axes)
+    return to_uint8(image), jnp.isfinite(image).all(axis=axes), far
 
 
 def _rows(tree: Any, start: int, size: int) -> Any:

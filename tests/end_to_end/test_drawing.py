@@ -78,6 +78,13 @@ def test_images_that_are_not_finite_are_counted(drawer, latents):
         drawer.decode(types.Tokens(latents=jnp.asarray(broken)))
 
 
+def test_noise_in_the_place_of_pictures_is_said(drawer, latents, caplog):
+    drawer.decode(types.Tokens(latents=jnp.asarray(latents)))
+    assert not caplog.records
+    drawer.decode(types.Tokens(latents=100.0 * jnp.asarray(latents)))
+    assert "far beyond black or white" in caplog.text
+
+
 def test_converted_weights_run_as_suits_a_cpu(monkeypatch):
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
     params = {"kernel": jnp.zeros((3, 4))}

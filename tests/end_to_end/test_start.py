@@ -54,6 +54,23 @@ def test_settings_may_stand_before_the_command(capsys):
     assert "model.depth = 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_64_bits_change_no_command(tmp_path):
+    def run(*arguments):
+        subprocess.run(
+            [sys.executable, "-m", "arcond_jax", *arguments],
+            env={**os.environ, "JAX_ENABLE_X64": "1"},
+            check=True,
+        )
+
+    workdir, drawn = str(tmp_path / "run"), str(tmp_path / "drawn.npz")
+    steps = [f"--config.training.num_{name}=4" for name in ("train_steps", "warmup_steps")]
+    run("train", "--config", "digits:joint", "--workdir", workdir, *steps)
+    run("calibrate", "--checkpoint", workdir)
+    run("sample", "--checkpoint", workdir, "--num_images", "20", "--out", drawn)
+    run("evaluate", "--samples", drawn, "--checkpoint", workdir)
+
+
 @pytest.fixture
 def no_cache():
     """jax as it is where nobody chose a folder."""
