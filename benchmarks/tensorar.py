@@ -126,7 +126,7 @@ def plain_config(data: str, directory: str | None, *, windows: bool) -> build.Co
     )
     source = digits.get_config("base") if data == "digits" else cifar10.get_config()
     for section in ("data", "tokenizer", "model", "training", "loss"):
-        config[section].update(source[section])
+        config[section].update(source[section].to_dict())
     config.data.directory = directory if data != "digits" else config.data.get("directory")
     config.training.update(samples_every=None, checkpoints_kept=1, weight_decay=0.05)
     config.loss.w_tensor = 1.0
