@@ -44,7 +44,7 @@ def attend(
 
 def rows_of(
     table: Float[Array, "places *n"], cache: attention.Cache | None, count: int
-) -> Float[Array, "*b count *n"]:
+) -> Float[Array, "..."]:
     """Of a table with a row for each place, those of the `count` tokens behind the cache.
 
     For each row of the batch where the cache has an index for each. Beyond the end the last stands.

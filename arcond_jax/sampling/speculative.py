@@ -29,7 +29,7 @@ from arcond_jax.sampling import heads, raster, sampled
 
 DRAFT, ACCEPT, DRAW = range(3)  # streams of random numbers at each position
 
-Laws = tuple[Float[Array, "b drafts v"], ...]  # probabilities of each factor
+Laws = tuple[Float[Array, "b _ _"], ...]  # probabilities of each factor, by entry and value
 
 
 def residual(p: Float[Array, "*n v"], q: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
@@ -238,7 +238,7 @@ class Speculative:
             variation=self._variation(carry, laws, accepted),
         )
 
-    def _place(self, run: Run, position: Int[Array, "b n"]) -> heads.Place:
+    def _place(self, run: Run, position: Int[Array, "b *n"]) -> heads.Place:
         """Where each condition of each row is; beyond the end as at the last position."""
         position = jnp.minimum(position, self.network.length - 1)
         params = layout.together(run.weights)
@@ -364,7 +364,7 @@ class Speculative:
         """
         if self.relaxed == 1.0:
             return carry.variation
-        num_rows, num_drafts, num_factors = accepted.shape
+        num_rows, num_drafts, _ = accepted.shape
         flat = accepted.reshape(num_rows, -1)
         reached = jnp.cumprod(jnp.pad(flat, ((0, 0), (1, 0)), constant_values=1)[:, :-1], axis=-1)
         inside = carry.position[:, None] + jnp.arange(num_drafts) < self.network.length
