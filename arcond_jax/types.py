@@ -19,7 +19,8 @@ Words, the field's where it has one:
   group      the rows that share an ideal distribution: a class, or all.
   window     the code of a position and those after it, as TensorAR predicts them together; its
              entries are numbered from 0, the position itself.
-  draft      an entry of a window beyond 0: a guess that later windows draw again.
+  draft      an entry of a window beyond 0: a guess that later windows draw again, or that
+             speculative sampling verifies.
   prompt     what an image is asked for by: a class label or a caption.
 
 A batch goes: image --tokenizer--> Tokens --generator--> loss, and back: prompt --sampler--> Tokens
@@ -140,7 +141,8 @@ class CausalModel(Protocol):
 
     What sampling and training need of such a model, whatever its order, codes or prompts. Methods
     from `prefix` on read parameters, so they are called by `apply`. A model with latents also has
-    `latent_cond` and `denoise`, as `models.joint.Joint`.
+    `latent_cond` and `denoise`, as `models.joint.Joint`; one that guesses codes ahead has
+    `num_drafts` and `draft_rows`, as `models.tensorar.Windowed`.
 
     Attributes:
       length: Positions.
@@ -174,7 +176,14 @@ class CausalModel(Protocol):
         """The prompts of the unconditional rows beside these."""
         ...
 
-    def empty_cache(self, prompt: Prompt) -> Cache: ...
+    def empty_cache(self, prompt: Prompt, spare: int = 0) -> Cache:
+        """What holds the prompt, all positions, and `spare` places more.
+
+        Speculative sampling feeds guesses beyond the end, and takes guesses back: it needs an
+        `nn.attention.Cache`, whose index may then be another one in each row. A model with another
+        cache is sampled without it and may ignore `spare`.
+        """
+        ...
 
     def prefix(
         self, prompt: Prompt, at: Int[Array, "*b 1"]

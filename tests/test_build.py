@@ -17,7 +17,7 @@ import tiny
 from arcond_jax import build
 from arcond_jax import config as config_lib
 from arcond_jax.build import checking, data, defaults, family, models, saved, tokens, transport
-from arcond_jax.sampling import raster, stride
+from arcond_jax.sampling import raster, speculative, stride
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
 VARIANTS = ("joint", "ar", "tensorar", "base")
@@ -313,12 +313,42 @@ def test_own_images_takes_classes_from_the_folder(tmp_path):
         ("digits:joint", "seed=4294967296", "seed 4294967296 must be at least 0 and at most 4294"),
         ("digits:joint", "transport.kind=[1]", "config key transport.kind wants str"),
         ("digits:joint", "sampling.stride=2", "it goes with configs of windows over codes alone"),
+        (
+            "digits:joint",
+            "sampling.speculative=True",
+            "it goes with configs of windows over codes alone",
+        ),
+        (
+            "digits:tensorar",
+            "sampling.relaxed_acceptance=2",
+            "sampling.relaxed_acceptance 2.0 does nothing while sampling.speculative is False",
+        ),
+        (
+            "digits:tensorar",
+            "sampling.relaxed_acceptance=0.5",
+            "sampling.relaxed_acceptance 0.5 must be at least 1",
+        ),
         ("imagenet", "seed=0", "no config file imagenet"),
     ],
 )
 def test_settings_that_fit_nothing(name, override, message):
     with pytest.raises(build.ConfigError, match=re.escape(message)):
         build.load_config(name, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.drafts=feed", "does not go with sampling.drafts feed: set it to off"),
+        ("sampling.stride=2", "does not go with sampling.stride 2: set it to 1"),
+        ("tensorar.window=1", "True does nothing while tensorar.window is 1"),
+        ("transport.inverse_weight=0.5", "does not go with transport.inverse_weight 0.5: set it"),
+        ("transport.kind=in_batch", "does not go with transport.kind in_batch, which needs all"),
+    ],
+)
+def test_settings_that_speculation_does_not_go_with(override, message):
+    with pytest.raises(build.ConfigError, match=f"sampling.speculative {re.escape(message)}"):
+        build.load_config("digits:tensorar", ["sampling.speculative=True", override])
 
 
 def test_nothing_is_run_but_the_file_that_is_named(tmp_path, monkeypatch):
@@ -407,6 +437,10 @@ def test_sampling_loops():
     assert isinstance(
         build.sampler(tiny.config("tensorar", "sampling.stride=2")), stride.StrideSampler
     )
+    loop = build.sampler(
+        tiny.config("tensorar", "sampling.speculative=True", "sampling.relaxed_acceptance=1.5")
+    )
+    assert isinstance(loop, speculative.Speculative) and loop.relaxed == 1.5
     with pytest.raises(build.ConfigError, match="model joint draws every token: only mar can"):
         build.sampler(tiny.config(), num_known=3)
 

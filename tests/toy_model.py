@@ -45,7 +45,7 @@ class Bag(nn.Module):
     def null(self, prompt):
         return jnp.full_like(prompt, self.num_classes)
 
-    def empty_cache(self, prompt):
+    def empty_cache(self, prompt, spare=0):
         return Cache(jnp.zeros((len(prompt), 1, self.width)), jnp.zeros(()))
 
     def prefix(self, prompt, at):

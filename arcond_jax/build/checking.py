@@ -58,6 +58,8 @@ def _check_together(config: Config) -> None:
     rows, columns = tokens.grid(config)
     if "tensorar" in config:
         _check_windows(config, rows * columns)
+    if config.sampling.get("speculative"):
+        _check_speculative(config)
 
 
 def _check_windows(config: Config, length: int) -> None:
@@ -70,6 +72,22 @@ def _check_windows(config: Config, length: int) -> None:
         raise ConfigError(
             f"tensorar.noise codebook needs vectors of the codes, which tokenizer "
             f"{config.tokenizer.name} does not have here: use categorical"
+        )
+
+
+def _check_speculative(config: Config) -> None:
+    """Rows are then at different positions, and drafts are the sampler's own."""
+    alone = (("sampling.drafts", "off"), ("sampling.stride", 1), ("transport.inverse_weight", 0.0))
+    values = config_lib.flat(config)
+    for name, wanted in alone:
+        if values.get(name, wanted) != wanted:
+            raise ConfigError(
+                f"sampling.speculative does not go with {name} {values[name]}: set it to {wanted}"
+            )
+    if config.transport.kind == "in_batch":
+        raise ConfigError(
+            "sampling.speculative does not go with transport.kind in_batch, which needs all rows "
+            "at one position: use stored"
         )
 
 
@@ -118,7 +136,7 @@ def _owners(section: str, leaf: str) -> str:
     names = [x for x, record in models.FAMILIES.items() if leaf in record.sections.get(section, {})]
     if section == "sampling" and leaf in family.DRAFTS:
         return "configs of windows (digits:tensorar is one)"
-    if section == "sampling" and leaf in family.STRIDE:
+    if section == "sampling" and leaf in family.STRIDE | family.SPECULATIVE:
         return "configs of windows over codes alone (digits:tensorar is one)"
     return f"model {', '.join(names)}" if names else ""
 

@@ -45,6 +45,7 @@ CHOICES = {
     "transport.kind": "transport",
 }
 OF_NOISE = ("tensorar.noise", "tensorar.noise_schedule", "tensorar.nested")
+OF_WINDOWS = ("sampling.drafts", "sampling.speculative")
 # Settings in no section. A key of JAX is made of 32 bits.
 APART = {"name": keys.text(""), "seed": keys.integer(0, low=0, high=2**32 - 1)}
 NAMES = ("name", "kind")  # of settings that a choice has made already
@@ -77,8 +78,9 @@ def sections(
     for section, added in record.sections.items():
         made.setdefault(section, {}).update(added)
     if windows:
-        alone = record.draws == ("codes",)
-        made["sampling"] |= family.DRAFTS | (family.STRIDE if alone else {})
+        made["sampling"] |= family.DRAFTS
+        if record.draws == ("codes",):
+            made["sampling"] |= family.STRIDE | family.SPECULATIVE
     kind = transport_lib.KINDS[transport]
     made["transport"] = {"kind": keys.text(transport), **kind.section}
     return made
@@ -151,7 +153,12 @@ def silent(config: Config) -> dict[str, str]:
         (get("tensorar.drafts") == "masked", "tensorar.drafts is masked", OF_NOISE),
         (get("tensorar.noise") == "none", "tensorar.noise is none", OF_NOISE[1:]),
         (get("tensorar.noise") == "self", "tensorar.noise is self", OF_NOISE[2:]),
-        (get("tensorar.window") == 1, "tensorar.window is 1", ("sampling.drafts",)),
+        (get("tensorar.window") == 1, "tensorar.window is 1", OF_WINDOWS),
+        (
+            get("sampling.speculative") is False,
+            "sampling.speculative is False",
+            ("sampling.relaxed_acceptance",),
+        ),
         (
             get("sampling.solver", "ancestral") != "ancestral",
             "sampling.solver is not ancestral",

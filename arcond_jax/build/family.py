@@ -20,7 +20,7 @@ from arcond_jax.diffusion import solvers
 from arcond_jax.models import diffusion_head, gpt, tensorar, windows
 from arcond_jax.nn import stack
 from arcond_jax.sampling import guidance as guidance_lib
-from arcond_jax.sampling import heads, raster, stride
+from arcond_jax.sampling import heads, raster, speculative, stride
 
 Sampler = Callable[..., Any]  # (params, rng, prompt, *, refiner, ...) -> sampled.Sampled
 Generator = Any  # a types.Generator, with `conditions` where conditions can be refined
@@ -130,6 +130,10 @@ CODES = {
 }
 DRAFTS = {"drafts": keys.choice("off", heads.DRAFTS)}
 STRIDE = {"stride": keys.integer(1)}
+SPECULATIVE = {
+    "speculative": keys.flag(False),
+    "relaxed_acceptance": keys.number(1.0, low=1.0),  # above 1 is lossy
+}
 LATENTS = {
     "solver": keys.choice("ancestral", solvers.KINDS),
     "num_head_evaluations": keys.integer(25),
@@ -242,6 +246,8 @@ def causal_sampler(config: Config, network: Any, *, trace: bool, num_known: int)
     if network.channels is not None:
         made += (heads.Latents(solver(config), config.sampling.get("warm_start") is not None),)
     loop = raster.Raster(network, made, guidance(config), trace=trace)
+    if config.sampling.get("speculative"):
+        return speculative.Speculative(loop, config.sampling.relaxed_acceptance)
     codes_a_step = config.sampling.get("stride", 1)
     return loop if codes_a_step == 1 else stride.StrideSampler(loop, codes_a_step)
 

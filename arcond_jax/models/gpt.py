@@ -8,7 +8,6 @@ What is embedded and what is predicted belongs to the models that use it.
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
@@ -43,7 +42,7 @@ class Block(nn.Module):
         self,
         carry: tuple[Float[Array, "b l d"], attention.Cache | None],
         layer: Int[Array, ""],
-        table: Float[Array, "l pairs 2"],
+        table: Float[Array, "*b l pairs 2"],
         visible: Bool[Array, "b places"] | None,
     ) -> tuple[tuple[Float[Array, "b l d"], attention.Cache | None], None]:
         x, cache = carry
@@ -119,11 +118,12 @@ class GPT(nn.Module):
     def length(self) -> int:
         return self.num_prefix + self.grid[0] * self.grid[1]
 
-    def empty_cache(self, batch: int) -> attention.Cache:
+    def empty_cache(self, batch: int, spare: int = 0) -> attention.Cache:
+        """With room for `spare` places beyond the end."""
         return attention.empty_cache(
             depth=self.depth,
             batch=batch,
-            length=self.length,
+            length=self.length + spare,
             kv_heads=self.num_kv_heads or self.num_heads,
             head_dim=self.width // self.num_heads,
             dtype=self.dtype,
@@ -143,8 +143,7 @@ class GPT(nn.Module):
         table = jnp.asarray(
             rope.rope_table(self.grid, self.width // self.num_heads, num_prefix=self.num_prefix)
         )
-        start = jnp.zeros((), jnp.int32) if cache is None else cache.index
-        table = jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])
+        table = causal.rows_of(table, cache, x.shape[1])
 
         blocks = stack.scanned(
             Block,

@@ -85,8 +85,9 @@ class Prompted(nn.Module, kw_only=True):
         assert self.num_classes is not None
         return jnp.full_like(prompt, self.num_classes)
 
-    def empty_cache(self, prompt: types.Prompt) -> attention.Cache:
-        return self.backbone.empty_cache(types.num_rows(prompt))
+    def empty_cache(self, prompt: types.Prompt, spare: int = 0) -> attention.Cache:
+        """With room for `spare` places beyond the end."""
+        return self.backbone.empty_cache(types.num_rows(prompt), spare)
 
     def prefix(
         self, prompt: types.Prompt, at: Int[Array, "*b 1"]
@@ -108,7 +109,8 @@ class Prompted(nn.Module, kw_only=True):
     ) -> tuple[Float[Array, "b n d"], attention.Cache | None]:
         """Conditions after what is fed; dropout where its rng is given."""
         x = self.drop(x, deterministic=not self.has_rng("dropout"))
-        h, cache = self.trunk(x, cache, self._visible(prompt))
+        num_places = self.backbone.length if cache is None else cache.num_places
+        h, cache = self.trunk(x, cache, self._visible(prompt, num_places))
         return self.condition(h, about), cache
 
     def condition(
@@ -126,8 +128,9 @@ class Prompted(nn.Module, kw_only=True):
         """The order is always raster, and the trunk counts."""
         del at
 
-    def _visible(self, prompt: types.Prompt) -> Bool[Array, "b places"] | None:
+    def _visible(self, prompt: types.Prompt, num_places: int) -> Bool[Array, "b places"] | None:
         """Places of prompt and grid that the others may see: all but the padding of captions."""
         if not isinstance(prompt, types.Caption):
             return None
-        return jnp.pad(prompt.valid, ((0, 0), (0, self.length)), constant_values=True)
+        behind = num_places - self.backbone.num_prefix
+        return jnp.pad(prompt.valid, ((0, 0), (0, behind)), constant_values=True)

@@ -172,11 +172,12 @@ class RAR(nn.Module):
         """Labels that mean no class."""
         return jnp.full_like(prompt, self.num_classes)
 
-    def empty_cache(self, prompt: Int[Array, " b"]) -> attention.Cache:
+    def empty_cache(self, prompt: Int[Array, " b"], spare: int = 0) -> attention.Cache:
+        """With room for `spare` places beyond the end."""
         return attention.empty_cache(
             depth=self.depth,
             batch=len(prompt),
-            length=PREFIX + self.length,
+            length=PREFIX + self.length + spare,
             kv_heads=self.num_heads,
             head_dim=self.width // self.num_heads,
             dtype=self.dtype,
@@ -208,8 +209,7 @@ class RAR(nn.Module):
     ) -> tuple[Float[Array, "b n d"], attention.Cache | None]:
         """The tokens after those in `cache`, to conditions; they know what they are about."""
         del about
-        first = jnp.zeros((), jnp.int32) if cache is None else cache.index
-        places = jax.lax.dynamic_slice_in_dim(self.modulator_position, first, x.shape[1])
+        places = causal_attention.rows_of(self.modulator_position, cache, x.shape[1])
         modulator = jax.nn.silu(self._class_row(prompt) + places.astype(self.dtype))
         (x, cache), _ = self.blocks((x, cache), jnp.arange(self.depth), modulator)
         if cache is not None:

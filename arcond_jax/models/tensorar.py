@@ -261,8 +261,8 @@ class Around(nn.Module, kw_only=True):
     def null(self, prompt: types.Prompt) -> types.Prompt:
         return self.inner.null(prompt)
 
-    def empty_cache(self, prompt: types.Prompt) -> types.Cache:
-        return self.inner.empty_cache(prompt)
+    def empty_cache(self, prompt: types.Prompt, spare: int = 0) -> types.Cache:
+        return self.inner.empty_cache(prompt, spare)
 
     def prefix(
         self, prompt: types.Prompt, at: Int[Array, "*b 1"]

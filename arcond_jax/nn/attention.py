@@ -20,11 +20,19 @@ class Cache:
     input and output it would be copied at every step. Heads come before positions, as the products
     of one query with its head's keys and values want them: the other way round a CPU turns the
     whole cache at every step.
+
+    Attributes:
+      index: Positions filled, of all rows or of each; the next token goes here.
     """
 
     keys: Float[Array, "depth b kv_heads l k"]
     values: Float[Array, "depth b kv_heads l k"]
-    index: Int[Array, ""]  # positions filled; the next token goes here
+    index: Int[Array, "*b"]
+
+    @property
+    def num_places(self) -> int:
+        """Positions there is room for."""
+        return self.keys.shape[3]
 
 
 def empty_cache(
@@ -41,16 +49,41 @@ def write_layer(
     keys: Float[Array, "b l kv_heads k"],
     values: Float[Array, "b l kv_heads k"],
 ) -> Cache:
-    """Puts one layer's new keys and values behind those already there; `index` stays."""
+    """Puts one layer's new keys and values behind those already there; `index` stays.
+
+    There must be room for them: near the end they would lie over earlier ones.
+    """
 
     def write(cached: Array, new: Array) -> Array:
-        new = jnp.swapaxes(new, 1, 2)[None].astype(cached.dtype)
+        new = jnp.swapaxes(new, 1, 2).astype(cached.dtype)
+        if cache.index.ndim:
+            return _write_rows(cached, new, layer, cache.index)
         # Of one type also where jax counts in 64 bits.
         start = [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, cache.index, 0)]
-        return jax.lax.dynamic_update_slice(cached, new, start)
+        return jax.lax.dynamic_update_slice(cached, new[None], start)
 
     return dataclasses.replace(
         cache, keys=write(cache.keys, keys), values=write(cache.values, values)
+    )
+
+
+def _write_rows(
+    cached: Float[Array, "depth b kv_heads l k"],
+    new: Float[Array, "b kv_heads n k"],
+    layer: Int[Array, ""],
+    index: Int[Array, " b"],
+) -> Float[Array, "depth b kv_heads l k"]:
+    """Writes each row at its own index; one slice for each row, which stays on its device."""
+    start = jnp.stack([jnp.broadcast_to(layer, index.shape), index], axis=-1)
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3),
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, 3),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    return jax.lax.scatter(
+        cached, start, new, numbers, unique_indices=True, mode=jax.lax.GatherScatterMode.CLIP
     )
 
 

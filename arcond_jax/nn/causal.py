@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -33,8 +34,27 @@ def attend(
         start = cache.index
         cache = attention.write_layer(cache, layer, keys, values)
         keys, values = attention.read_layer(cache, layer)
-    seen, place = jnp.arange(keys.shape[1]), start + jnp.arange(queries.shape[1])[:, None]
+    # [l 1], or [b l 1] where each row has an index of its own.
+    seen, place = jnp.arange(keys.shape[1]), _places(start, queries.shape[1])[..., None]
     mask = seen <= place
     if visible is not None:
         mask = mask & (visible[:, None, : len(seen)] | (seen == place))
     return attention.attend(queries, keys, values, mask, dropout=dropout), cache
+
+
+def rows_of(
+    table: Float[Array, "places *n"], cache: attention.Cache | None, count: int
+) -> Float[Array, "..."]:
+    """Of a table with a row for each place, those of the `count` tokens behind the cache.
+
+    For each row of the batch where the cache has an index for each. Beyond the end the last stands.
+    """
+    if cache is None:
+        return table[:count]
+    if cache.index.ndim:
+        return jnp.take(table, _places(cache.index, count), axis=0, mode="clip")
+    return jax.lax.dynamic_slice_in_dim(table, cache.index, count)
+
+
+def _places(start: Int[Array, "*b"], count: int) -> Int[Array, "*b count"]:
+    return start[..., None] + jnp.arange(count)

@@ -31,10 +31,15 @@ def rope_table(
     return np.concatenate([prefix, table]).astype(np.float32)
 
 
-def rotate(x: Float[Array, "b l h k"], table: Float[Array, "l pairs 2"]) -> Float[Array, "b l h k"]:
-    """Turns adjacent feature pairs by the angles of their positions, in float32."""
+def rotate(
+    x: Float[Array, "b l h k"], table: Float[Array, "*b l pairs 2"]
+) -> Float[Array, "b l h k"]:
+    """Turns adjacent feature pairs by the angles of their positions, in float32.
+
+    The angles are those of all rows, or of each.
+    """
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+    cos, sin = table[..., None, :, 0], table[..., None, :, 1]
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)

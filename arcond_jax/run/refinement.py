@@ -27,6 +27,8 @@ from arcond_jax.transport import inverse, refiners
 CONDITIONS_SEED = 0  # of the orders in which MAR's conditions are met
 CONDITIONS_BATCH = 128
 CALIBRATION_SEED = 1000  # apart from the small seeds people sample with
+# Of the rollout; the refiner is then right for either way of drawing, as both have one law.
+WITHOUT_SPECULATION = {"sampling.speculative": False, "sampling.relaxed_acceptance": 1.0}
 
 
 def conditions(
@@ -84,10 +86,14 @@ def calibrate(trained: Trained, config: build.Config | None = None) -> types.Ref
     """Makes the refiner that a config asks for, fitted to the sampler of the same config.
 
     One rollout with equally many rows for every group: at each slot the maps are fitted to the
-    conditions that sampling reaches, which depend on the sampler's own settings. The bank is filled
-    first if there is none that fits the config.
+    conditions that sampling reaches, which depend on the sampler's own settings. It goes without
+    speculation, under which rows do not reach a slot together. The bank is filled first if there is
+    none that fits the config.
     """
-    trained = dataclasses.replace(trained, config=config or trained.config)
+    config = config or trained.config
+    if config.sampling.get("speculative"):
+        config = build.changed(config, WITHOUT_SPECULATION)
+    trained = dataclasses.replace(trained, config=config)
     config, kind = trained.config, transport_lib.kind_of(trained.config)
     bank = None if kind.bank is None else _fitting_bank(trained)
     if kind.unfitted is not None:
@@ -204,6 +210,6 @@ def _refiner_settings(trained: Trained, config: build.Config) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in config_lib.flat(config).items()
-        if name.split(".")[0] in ("sampling", "transport")
+        if name.split(".")[0] in ("sampling", "transport") and name not in WITHOUT_SPECULATION
     }
     return {"checkpoint step": trained.step} | settings

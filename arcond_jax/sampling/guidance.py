@@ -79,22 +79,22 @@ class Guidance:
 
     def weight(
         self,
-        start: Int[Array, ""] | int,
-        stop: Int[Array, ""] | int,
+        start: Int[Array, "*at"] | int,
+        stop: Int[Array, "*at"] | int,
         length: int,
         *,
         factor: int = 0,
-    ) -> Float[Array, ""] | None:
+    ) -> Float[Array, "*at"] | None:
         """How strong it is in a step that decodes tokens `start` to `stop` of `length`.
 
-        None where there are no unconditional rows.
+        One step, or several. None where there are no unconditional rows.
         """
         if not self.on:
             return None
         scale = self.scale
         if factor and self.later_scale is not None:
             scale = self.later_scale
-        weight = jnp.asarray(scale, jnp.float32)
+        weight = jnp.full(jnp.shape(start), scale, jnp.float32)
         if self.schedule == "linear":
             weight = jnp.asarray(1.0 + (scale - 1.0) * (stop / length), jnp.float32)
         elif self.power is not None:
@@ -106,12 +106,17 @@ class Guidance:
         return jnp.where(start < self.positions, weight, 1.0)
 
     def combine(
-        self, x: Float[Array, "rows *n"], weight: Float[Array, ""] | None
+        self, x: Float[Array, "rows *n"], weight: Float[Array, "*at"] | None
     ) -> Float[Array, "b *n"]:
-        """What is drawn from: each conditional row, led away from the one beside it."""
+        """What is drawn from: each conditional row, led away from the one beside it.
+
+        There is one weight, or one for each of the first axes of what comes out.
+        """
         if weight is None:
             return x
         conditional, unconditional = _split(x)
+        if weight.ndim:
+            weight = weight.reshape(*weight.shape, *[1] * (x.ndim - weight.ndim))
         return unconditional + weight * (conditional - unconditional)
 
     def combine_noise(

@@ -21,23 +21,27 @@ DRAFTS = ("off", "draw", "feed")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the loop is: the network with its parameters, and the position."""
+    """Where the loop is: the network with its parameters, and the position.
+
+    One position of all rows, or one for each condition of each row.
+    """
 
     network: types.CausalModel
     params: types.Params
     guidance: guidance.Guidance
-    position: Int[Array, ""]
+    position: Int[Array, "*at"]
     code_law: types.CodeLaw | None = None
 
     def apply(self, *args: Any, method: str) -> Any:
         """Runs a method of the network."""
         return self.network.apply({"params": self.params}, *args, method=method)
 
-    def ahead(self, count: int) -> Int[Array, " count"]:
+    def ahead(self, count: int) -> Int[Array, "*at count"]:
         """This position and those after it; beyond the end the last stands again."""
-        return jnp.minimum(self.position + jnp.arange(count), self.network.length - 1)
+        ahead = self.position[..., None] + jnp.arange(count)
+        return jnp.minimum(ahead, self.network.length - 1)
 
-    def weight(self, factor: int = 0) -> Float[Array, ""] | None:
+    def weight(self, factor: int = 0) -> Float[Array, "*at"] | None:
         """Guidance at this position."""
         length = self.network.length
         return self.guidance.weight(self.position, self.position + 1, length, factor=factor)
@@ -128,20 +132,33 @@ class Codes:
     ) -> Int[Array, "b w factors"]:
         """The first entries of the window, each factor given those before it."""
         rows = place.apply(cond, place.ahead(num_entries), method="rows")
-        factors = jnp.zeros((rngs.shape[0], num_entries, 0), jnp.int32)
+        return self.draw_rows(place, rows, rngs)[0]
+
+    def draw_rows(
+        self, place: Place, rows: Float[Array, "rows *n d"], rngs: Key[Array, " b"]
+    ) -> tuple[Int[Array, "b *n factors"], list[Float[Array, "b *n v"]]]:
+        """A code from each row, each factor given those before it; and the logits drawn from."""
+        num_rows, laws = len(rngs), []
+        factors = jnp.zeros((num_rows, *rows.shape[1:-1], 0), jnp.int32)
         for i in range(len(place.network.factor_sizes)):
             logits = place.apply(rows, place.guidance.both(factors), method="factor_logits")
-            logits = place.guidance.combine(logits, place.weight(i))
-            temperature = self.temperature
-            if i and self.later_temperature is not None:
-                temperature = self.later_temperature
-            logits = filters.filter_logits(
-                logits / temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
-            )
+            laws.append(self.law(place, logits, i))
             factor_rngs = jax.vmap(jax.random.fold_in, (0, None))(rngs, i)
-            factor = jax.vmap(jax.random.categorical)(factor_rngs, logits)
+            factor = jax.vmap(jax.random.categorical)(factor_rngs, laws[i])
             factors = jnp.concatenate([factors, factor[..., None]], axis=-1)
-        return factors
+        return factors, laws
+
+    def law(
+        self, place: Place, logits: Float[Array, "rows *n v"], factor: int
+    ) -> Float[Array, "b *n v"]:
+        """Logits of what a factor is drawn from: guided, tempered and cut."""
+        logits = place.guidance.combine(logits, place.weight(factor))
+        temperature = self.temperature
+        if factor and self.later_temperature is not None:
+            temperature = self.later_temperature
+        return filters.filter_logits(
+            logits / temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,13 +110,16 @@ class Raster:
         return layout.apart(weights) if self.network.unrolled else weights
 
     def start(
-        self, params: types.Params, prompts: types.Prompt
+        self, params: types.Params, prompts: types.Prompt, spare: int = 0
     ) -> tuple[Float[Array, "rows 1 d"], types.Cache]:
-        """The last token of the prompt, which is fed first, and the cache of those before it."""
+        """The last token of the prompt, which is fed first, and the cache of those before it.
+
+        The cache has room for `spare` tokens beyond the end.
+        """
 
         def run(network: Any) -> tuple[Float[Array, "rows 1 d"], types.Cache]:
             x, about = network.prefix(prompts, jnp.zeros(1, jnp.int32))
-            cache = network.empty_cache(prompts)
+            cache = network.empty_cache(prompts, spare)
             if x.shape[1] > 1:
                 _, cache = network.advance(x[:, :-1], about[:-1], prompts, cache)
             return x[:, -1:], cache

@@ -21,12 +21,17 @@ class Sampled:
         none.
       cond: Conditions before and after refinement (conditional stream), one per slot, if traced.
       refiner_state: What the refiner carried out of the last slot.
+      emitted: Of speculative sampling: how many calls of the network gave 1 to w codes of each row.
+      variation: Of relaxed speculative sampling: how far the law of a verified code is from that
+        of the loop without drafts, as total variation, on average over those of each row.
     """
 
     tokens: types.Tokens
     drafts: Int[Array, "b l w"] | None = None
     cond: tuple[Float[Array, "b s d"], Float[Array, "b s d"]] | None = None
     refiner_state: types.RefinerState = None
+    emitted: Int[Array, "b w"] | None = None
+    variation: Float[Array, " b"] | None = None
 
 
 def row_rngs(

@@ -192,8 +192,11 @@ class PerGroup:
         )
 
     def arrange(self, group: Int[Array, " b"], num_groups: int) -> blocks_lib.Blocks | None:
-        """Rows of each group side by side, so that they share one matrix product with its map."""
-        return None if num_groups == 1 else blocks_lib.make(group, num_groups)
+        """Rows of each group side by side, so that they share one matrix product with its map.
+
+        None where there is one group, or one row.
+        """
+        return None if 1 in (num_groups, len(group)) else blocks_lib.make(group, num_groups)
 
     def refine(
         self,
@@ -205,10 +208,9 @@ class PerGroup:
         options: options_lib.RefineOptions,
     ) -> Float[Array, "b d"]:
         """Moves each row by the map of its group."""
-        del group  # the arrangement knows it
         one_group = functools.partial(refine_rows, options=options)
         if arranged is None:
-            return one_group(cond, jax.tree.map(lambda leaf: leaf[0], maps))
+            return one_group(cond, jax.tree.map(lambda leaf: leaf[group[0]], maps))
         return blocks_lib.apply(one_group, cond, maps, blocks=arranged)
 
     def refine_source(

@@ -1,0 +1,388 @@
+"""Speculative sampling against the exact law of the loop without drafts, and what it is made of."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import tiny
+
+from arcond_jax import types
+from arcond_jax.models import causal, gpt, llamagen, magvit2, rar, tensorar
+from arcond_jax.nn import attention
+from arcond_jax.nn import factors as factors_lib
+from arcond_jax.parallel import compiled as compiled_lib
+from arcond_jax.parallel import mesh as mesh_lib
+from arcond_jax.parallel import processes
+from arcond_jax.sampling import guidance as guidance_lib
+from arcond_jax.sampling import heads, raster, speculative
+from arcond_jax.transport import refiners
+
+LENGTH, NUM_CLASSES, ROWS = 4, 2, 4096
+RNG, IDENTITY = jax.random.key(3), refiners.Identity()
+GRID = dict(grid=(2, 2), depth=1, width=16, num_heads=2, mlp_hidden=24)
+LLAMAGEN = llamagen.LlamaGen(backbone=gpt.GPT(**GRID), num_classes=NUM_CLASSES, num_codes=3)
+CAPTIONED = llamagen.LlamaGen(
+    backbone=gpt.GPT(**GRID, num_prefix=3), num_classes=None, num_codes=3, caption_width=8
+)
+MAGVIT2 = magvit2.MAGVIT2(
+    backbone=gpt.GPT(**GRID), num_classes=NUM_CLASSES, factor_sizes=(2, 2), intra_depth=1
+)
+RAR = rar.RAR(**GRID, num_codes=3, num_classes=NUM_CLASSES)
+
+
+def in_grid(network, *grid):
+    """The network on another grid."""
+    if isinstance(network, rar.RAR):
+        return network.clone(grid=grid)
+    return network.clone(backbone=network.backbone.clone(grid=grid))
+
+
+BLOCKS = dict(num_heads=2, depth=1, mlp_ratio=0)
+AROUND = {
+    "windowed": lambda inner: tensorar.Windowed(inner=inner, window=3, **BLOCKS),
+    "drafter": lambda inner: tensorar.Drafter(inner=inner, num_drafts=2, **BLOCKS),
+}
+PLAIN = raster.Raster(AROUND["windowed"](LLAMAGEN), (heads.Codes(),))
+GUIDED = raster.Raster(
+    PLAIN.network,
+    (heads.Codes(temperature=0.8, top_k=2),),
+    guidance_lib.Guidance(2.0, schedule="linear"),
+)
+
+
+@functools.cache
+def params_of(network, scale=0.35):
+    shapes = jax.eval_shape(causal.Generator(network, ()).init, jax.random.key(0))
+    return tiny.random_params(shapes, scale)
+
+
+@functools.cache
+def compiled(sampler):
+    @jax.jit
+    def sample(params, rng, prompt, first_row, refiner):
+        drawn = sampler(params, rng, prompt, refiner=refiner, first_row=first_row)
+        return dataclasses.replace(drawn, refiner_state=None)
+
+    return sample
+
+
+def run(sampler, prompt, first_row=0, refiner=IDENTITY):
+    params = params_of(sampler.network)
+    return compiled(sampler)(params, RNG, prompt, first_row, refiner)
+
+
+def exact_law(base):
+    """The probability of every sequence of codes for class 0, by teacher forcing."""
+    network, head, guidance = base.network, base.heads[0], base.guidance
+    sizes = network.factor_sizes
+    num_codes, length = int(np.prod(sizes)), network.length
+    every = np.array(list(itertools.product(range(num_codes), repeat=length)))
+    codes = factors_lib.split(jnp.asarray(every), sizes)
+    prompts = guidance.prompts(network, jnp.zeros(len(every), int))
+
+    @jax.jit
+    def log_law(params):
+        at = jnp.broadcast_to(jnp.arange(length), every.shape)
+        place = heads.Place(network, params, guidance, at)
+        token = jax.tree.map(guidance.both, causal.given(codes, None, network.window))
+        cond = network.apply(
+            {"params": params}, token, prompts, at[0], method=causal.teacher_forced
+        )
+        rows = place.apply(cond, guidance.both(at[..., None]), method="rows")[..., 0, :]
+        logits = place.apply(rows, guidance.both(codes), method="all_factor_logits")
+        total = 0.0
+        for i, x in enumerate(logits):
+            law = jax.nn.log_softmax(head.law(place, x, i))
+            total += jnp.take_along_axis(law, codes[..., i, None], axis=-1).sum((1, 2))
+        return total
+
+    law = np.exp(np.asarray(log_law(params_of(network)), np.float64))
+    np.testing.assert_allclose(law.sum(), 1.0, rtol=1e-5)
+    return law / law.sum()
+
+
+def chi_square(base, sampler, batches=5):
+    """The p value of samples of class 0 under the law of the loop without drafts."""
+    law, network = exact_law(base), base.network
+    place = int(np.prod(network.factor_sizes)) ** np.arange(network.length)[::-1]
+    counts, label = np.zeros(len(law)), jnp.zeros(ROWS, int)
+    for batch in range(batches):
+        drawn = run(sampler, label, batch * ROWS)
+        counts += np.bincount(np.asarray(drawn.tokens.codes) @ place, minlength=len(law))
+    if sampler.relaxed == 1.0:  # rows went on each at its own pace
+        assert len(np.unique(drawn.emitted, axis=0)) > 2
+    assert np.all(counts[law == 0] == 0)
+    expected = counts.sum() * law
+    few = expected < 5  # they count as one
+    counts, expected = (
+        np.append(x[~few], x[few].sum()) for x in (counts, np.where(law > 0, expected, 0))
+    )
+    kept = expected > 0
+    return scipy.stats.chisquare(counts[kept], expected[kept]).pvalue
+
+
+LAWS = {
+    "windowed": PLAIN,
+    "guided": GUIDED,
+    "drafter_guided": dataclasses.replace(GUIDED, network=AROUND["drafter"](LLAMAGEN)),
+    "magvit2": dataclasses.replace(PLAIN, network=AROUND["drafter"](MAGVIT2)),
+}
+SLOW_LAWS = {
+    "drafter": dataclasses.replace(PLAIN, network=AROUND["drafter"](LLAMAGEN)),
+    "min_p": dataclasses.replace(
+        PLAIN,
+        heads=(heads.Codes(temperature=0.9, min_p=0.1),),
+        guidance=guidance_lib.Guidance(1.5, schedule="power_cosine", power=1.0, positions=3),
+    ),
+    "top_p": dataclasses.replace(PLAIN, heads=(heads.Codes(top_p=0.9),)),
+    "magvit2_windowed_guided": dataclasses.replace(
+        PLAIN,
+        network=AROUND["windowed"](MAGVIT2),
+        heads=(heads.Codes(temperature=0.8, later_temperature=1.2),),
+        guidance=guidance_lib.Guidance(2.0, later_scale=1.5, schedule="linear"),
+    ),
+    "longer": dataclasses.replace(
+        PLAIN,
+        network=AROUND["windowed"](in_grid(LLAMAGEN, 2, 3).clone(num_codes=2)),
+    ),
+    "rar": dataclasses.replace(PLAIN, network=AROUND["windowed"](RAR)),
+    "rar_drafter_guided": dataclasses.replace(GUIDED, network=AROUND["drafter"](RAR)),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*LAWS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_LAWS)]
+)
+def test_samples_follow_the_law_of_the_loop_without_drafts(name):
+    base = (LAWS | SLOW_LAWS)[name]
+    p_value = chi_square(base, speculative.Speculative(base))
+    print(f"{name}: p = {p_value:.3f}")
+    assert p_value > 1e-3
+
+
+@pytest.mark.slow
+def test_the_loop_without_drafts_follows_the_law_itself():
+    law = exact_law(PLAIN)
+    counts = np.zeros(len(law))
+    for batch in range(5):
+        codes = run(PLAIN, jnp.zeros(ROWS, int), batch * ROWS).tokens.codes
+        counts += np.bincount(np.asarray(codes) @ 3 ** np.arange(LENGTH)[::-1], minlength=81)
+    assert scipy.stats.chisquare(counts, counts.sum() * law).pvalue > 1e-3
+
+
+def test_a_sampler_that_accepts_everything_is_found_out():
+    sampler = speculative.Speculative(PLAIN, relaxed=1e9)
+    assert chi_square(PLAIN, sampler) < 1e-9
+    drawn = run(sampler, jnp.zeros(ROWS, int))
+    np.testing.assert_array_equal(drawn.emitted[0], [1, 0, 1])  # the one code, and then all others
+    assert np.all(drawn.variation > 0.01)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    sampler, label = speculative.Speculative(GUIDED), jnp.arange(64) % 2
+    together = run(sampler, label)
+    assert len(np.unique(together.emitted, axis=0)) > 1
+    assert together.variation is None
+    for row in range(4):
+        alone = run(sampler, label[row : row + 1], row)
+        np.testing.assert_array_equal(alone.tokens.codes[0], together.tokens.codes[row])
+        np.testing.assert_array_equal(alone.emitted[0], together.emitted[row])
+
+
+def test_calls_and_codes_add_up():
+    emitted = np.asarray(run(speculative.Speculative(PLAIN), jnp.zeros(64, int)).emitted)
+    np.testing.assert_array_equal(emitted @ np.arange(1, 4), LENGTH)
+    assert np.all(emitted.sum(1) >= 2) and np.all(emitted.sum(1) <= LENGTH)
+
+
+CAPTION = types.Caption(
+    embedding=jax.random.normal(jax.random.key(1), (6, 3, 8)),
+    valid=jnp.arange(3) >= jnp.array([0, 1, 2, 2, 1, 0])[:, None],
+    given=jnp.ones(6, bool),
+)
+BACKBONES = {"class": LLAMAGEN, "caption": CAPTIONED, "rar": RAR, "magvit2": MAGVIT2}
+
+
+@pytest.mark.parametrize(
+    ("around", "name"),
+    [
+        ("windowed", "caption"),
+        ("drafter", "rar"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in itertools.product(AROUND, BACKBONES)
+            if pair not in (("windowed", "caption"), ("drafter", "rar"))
+        ),
+    ],
+)
+def test_the_likeliest_codes_are_those_of_the_loop_without_drafts(around, name):
+    larger = {"magvit2": {"factor_sizes": (4, 5)}}.get(name, {"num_codes": 20})
+    network = AROUND[around](in_grid(BACKBONES[name], 3, 4).clone(**larger))
+    guidance = guidance_lib.Guidance(1.5)
+    base = raster.Raster(network, (heads.Codes(top_k=1),), guidance)
+    prompt = CAPTION if name == "caption" else jnp.arange(6) % NUM_CLASSES
+    drawn = run(speculative.Speculative(base), prompt)
+    np.testing.assert_array_equal(drawn.tokens.codes, run(base, prompt).tokens.codes)
+    assert len(np.unique(drawn.tokens.codes)) > 2
+
+
+CAUSAL = {
+    "class": in_grid(LLAMAGEN, 2, 3),
+    "caption": in_grid(CAPTIONED, 2, 3),
+    "rar": in_grid(RAR, 2, 3),
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_rows_at_indices_of_their_own_are_those_of_separate_runs(name):
+    network = CAUSAL[name]
+    params = {"params": params_of(network)}
+    prompt = CAPTION if name == "caption" else jnp.arange(6) % NUM_CLASSES
+    x = jax.random.normal(RNG, (6, 8, 16))
+    about = jnp.zeros((6, 2), int)
+
+    @jax.jit
+    def advance(x, prompt, cache):
+        return network.apply(params, x, about[: len(x)], prompt, cache, method="advance")
+
+    def pieces(x, prompt, pieces):
+        cache = network.empty_cache(prompt, 2)
+        for i in range(pieces):
+            out, cache = advance(x[:, 2 * i : 2 * i + 2], prompt, cache)
+        return out, cache
+
+    _, cache = pieces(x, prompt, 2)
+    next_x = x[:, 4:6]
+    expected, after = advance(next_x, prompt, cache)
+    same = dataclasses.replace(cache, index=jnp.full(6, cache.index))
+    found, after_same = advance(next_x, prompt, same)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after_same.keys, after.keys, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(after_same.index, np.full(6, after.index))
+
+    # Taken back by a piece in some rows: what lies behind the index counts for nothing.
+    index = jnp.array([4, 2, 0, 2, 4, 0])
+    moved = dataclasses.replace(cache, index=index)
+    found, _ = advance(next_x, prompt, moved)
+    for row in range(6):
+        of_row = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], prompt)
+        before = jnp.concatenate([x[row : row + 1, : index[row]], next_x[row : row + 1]], axis=1)
+        alone, _ = pieces(before, of_row, int(index[row]) // 2 + 1)
+        np.testing.assert_allclose(found[row], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_is_written_at_the_index_of_each_row():
+    cache = attention.empty_cache(
+        depth=2, batch=3, length=6, kv_heads=2, head_dim=4, dtype=jnp.float32
+    )
+    index = np.array([0, 3, 4])
+    new = jax.random.normal(RNG, (3, 2, 2, 4))
+    cache = dataclasses.replace(cache, index=jnp.asarray(index))
+    written = jax.jit(attention.write_layer)(cache, 1, new, -new)
+    expected = np.zeros(cache.keys.shape)
+    for row, start in enumerate(index):
+        expected[1, row, :, start : start + 2] = np.swapaxes(new[row], 0, 1)
+    np.testing.assert_array_equal(written.keys, expected)
+    np.testing.assert_array_equal(written.values, -expected)
+
+
+@pytest.mark.parametrize("relaxed", [1.0, 1.5, 4.0])
+def test_the_law_of_relaxed_acceptance_is_that_of_a_simulation(relaxed):
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(5), 2)
+    law, variation = speculative.relaxed_law(jnp.asarray(p), jnp.asarray(q), relaxed)
+    law = np.asarray(law, np.float64)
+    np.testing.assert_allclose(law.sum(), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(variation, np.abs(law - p).sum() / 2, atol=1e-6)
+    if relaxed == 1.0:
+        np.testing.assert_allclose(law, p, atol=1e-6)
+    else:
+        assert variation > 0.01
+    draft = rng.choice(5, size=200_000, p=q)
+    accepted = rng.random(len(draft)) < np.minimum(1.0, relaxed * p / q)[draft]
+    left = np.maximum(p - q, 0.0)
+    drawn = np.where(accepted, draft, rng.choice(5, size=len(draft), p=left / left.sum()))
+    counts = np.bincount(drawn, minlength=5)
+    assert scipy.stats.chisquare(counts, len(draft) * law / law.sum()).pvalue > 1e-3
+
+
+def test_where_nothing_is_left_the_law_itself_stands():
+    p = jnp.array([[0.25, 0.75], [0.5, 0.5]])
+    q = jnp.array([[0.25, 0.75], [0.9, 0.1]])
+    np.testing.assert_allclose(speculative.residual(p, q), [[0.25, 0.75], [0.0, 1.0]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """Adds a row for each slot."""
+
+    amount: jax.Array
+
+    def init(self, label):
+        return None
+
+    def __call__(self, cond, state, *, slot, label):
+        return cond + self.amount[slot] * (1 + label[:, None]), state
+
+
+jax.tree_util.register_dataclass(Shift, ["amount"], [])
+
+
+def test_conditions_are_refined_each_at_its_slot():
+    base = dataclasses.replace(GUIDED, heads=(heads.Codes(top_k=1),))
+    label = jnp.arange(6) % NUM_CLASSES
+    refiner = Shift(jax.random.normal(RNG, (LENGTH, 16)))
+    expected = run(base, label, refiner=refiner).tokens.codes
+    drawn = run(speculative.Speculative(base), label, refiner=refiner).tokens.codes
+    np.testing.assert_array_equal(drawn, expected)
+    assert np.any(expected != run(base, label).tokens.codes)
+
+
+def test_what_cannot_be_verified_is_refused():
+    for base, message in (
+        (dataclasses.replace(PLAIN, heads=(heads.Codes(drafts="feed"),)), "shows no drafts"),
+        (dataclasses.replace(PLAIN, trace=True), "traces no conditions"),
+        (dataclasses.replace(PLAIN, heads=PLAIN.heads * 2), "a model of codes alone"),
+        (dataclasses.replace(PLAIN, network=LLAMAGEN), "a network that drafts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            speculative.Speculative(base)
+    with pytest.raises(ValueError, match=r"relaxed 0\.5 must be at least 1"):
+        speculative.Speculative(PLAIN, relaxed=0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Carrying(Shift):
+    """A refiner that carries something."""
+
+    def init(self, label):
+        return jnp.zeros(label.shape)
+
+
+def test_a_refiner_that_carries_something_is_refused():
+    with pytest.raises(ValueError, match="rows at different positions"):
+        speculative.check_refiner(Carrying(jnp.zeros(3)), jnp.zeros(2, int))
+
+
+def test_two_devices_draw_what_one_draws():
+    sampler = speculative.Speculative(GUIDED)
+    label = jnp.arange(8) % NUM_CLASSES
+    mesh = mesh_lib.make_mesh(data=2, devices=jax.devices()[:2])
+    place = functools.partial(jax.device_put, device=mesh_lib.replicated(mesh))
+
+    def sample(params, rng, label):
+        return sampler(params, rng, label, refiner=IDENTITY)
+
+    args = place(params_of(sampler.network)), place(RNG)
+    spread = compiled_lib.Compiled(sample, mesh)(
+        *args, processes.put_batch(np.asarray(label), mesh)
+    )
+    assert len(spread.tokens.codes.sharding.device_set) == 2
+    alone = run(sampler, label)
+    np.testing.assert_array_equal(spread.tokens.codes, alone.tokens.codes)
+    np.testing.assert_array_equal(spread.emitted, alone.emitted)
