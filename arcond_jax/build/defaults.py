@@ -44,6 +44,13 @@ CHOICES = {
     "data.name": "data",
     "transport.kind": "transport",
 }
+# Of windows that are fed back, and of the training of the model inside.
+OF_WINDOWS = ("sampling.drafts", *(f"tensorar.{x}" for x in ("residual", "base_rate")))
+OF_BASE = (
+    *(*OF_WINDOWS, "sampling.stride", "loss.w_tensor"),
+    *("tensorar.drafts", "tensorar.noise", "tensorar.noise_schedule", "tensorar.nested"),
+    "tensorar.draft_weight",
+)
 OF_NOISE = ("tensorar.noise", "tensorar.noise_schedule", "tensorar.nested")
 # Settings in no section. A key of JAX is made of 32 bits.
 APART = {"name": keys.text(""), "seed": keys.integer(0, low=0, high=2**32 - 1)}
@@ -106,6 +113,11 @@ def config(
     return filled({}, windows=windows, **choices)
 
 
+def with_windows(config: Config) -> Config:
+    """A copy of a config with a section `tensorar`, at its defaults."""
+    return filled(config, **(choices_of(config) | {"windows": True}))
+
+
 def choices_of(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """The choices that decide which settings a config has; arguments as of `config`."""
     values = {}
@@ -151,7 +163,8 @@ def silent(config: Config) -> dict[str, str]:
         (get("tensorar.drafts") == "masked", "tensorar.drafts is masked", OF_NOISE),
         (get("tensorar.noise") == "none", "tensorar.noise is none", OF_NOISE[1:]),
         (get("tensorar.noise") == "self", "tensorar.noise is self", OF_NOISE[2:]),
-        (get("tensorar.window") == 1, "tensorar.window is 1", ("sampling.drafts",)),
+        (get("tensorar.window") == 1, "tensorar.window is 1", OF_WINDOWS),
+        (get("tensorar.drafter"), "tensorar.drafter is True", OF_BASE),
         (
             get("sampling.solver", "ancestral") != "ancestral",
             "sampling.solver is not ancestral",
@@ -170,5 +183,5 @@ def silent(config: Config) -> dict[str, str]:
 
 def _value(key: keys.Key, value: Any) -> Any:
     if key.kind is tuple:
-        value = tuple(value)  # saved as a list
+        value = None if value is None else tuple(value)  # saved as a list
     return config_lib.Optional(key.kind, value) if key.optional else value
