@@ -13,7 +13,7 @@ looks like.
 
 from arcond_jax.build.checking import check
 from arcond_jax.build.data import image_shape, source
-from arcond_jax.build.defaults import config
+from arcond_jax.build.defaults import config, with_windows
 from arcond_jax.build.family import Conditions, Family, Generator, Sampler
 from arcond_jax.build.loading import changed, load_config, with_overrides
 from arcond_jax.build.models import (
@@ -44,6 +44,7 @@ from arcond_jax.build.training import (
     train_state,
     train_step,
     training_mesh,
+    window_metrics,
 )
 from arcond_jax.config import Config, ConfigError
 
@@ -83,5 +84,7 @@ __all__ = [
     "train_state",
     "train_step",
     "training_mesh",
+    "window_metrics",
     "with_overrides",
+    "with_windows",
 ]

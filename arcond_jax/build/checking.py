@@ -68,10 +68,23 @@ def _check_windows(config: Config, length: int) -> None:
         raise ConfigError(
             f"tensorar.window {window} must be from 1 to the {length} positions of the token grid"
         )
+    if window == 1 and config.tensorar.drafter:
+        raise ConfigError("tensorar.window 1 leaves tensorar.drafter nothing to guess: 2 or more")
+    weights = config.tensorar.draft_weights
+    if weights is not None and len(weights) != window - 1:
+        raise ConfigError(
+            f"tensorar.draft_weights {tuple(weights)} must be {window - 1}, one for each entry of "
+            f"tensorar.window {window} but the first"
+        )
     if config.tensorar.noise == "codebook" and tokens.kind_of(config).codebook is None:
         raise ConfigError(
-            f"tensorar.noise codebook needs vectors of the codes, which tokenizer "
-            f"{config.tokenizer.name} does not have here: use categorical"
+            f"tensorar.noise codebook mixes vectors of codes; those of tokenizer "
+            f"{config.tokenizer.name} are signs, and a mix of signs is a hard switch from one code "
+            "to the other: use categorical"
+        )
+    if config.tensorar.noise == "codebook" and len(config.model.get("factor_sizes", ())) > 1:
+        raise ConfigError(
+            "tensorar.noise codebook is for codes drawn whole, not in factors: use categorical"
         )
 
 

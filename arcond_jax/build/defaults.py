@@ -44,8 +44,17 @@ CHOICES = {
     "data.name": "data",
     "transport.kind": "transport",
 }
+# Of windows that are fed back, and of the training of the model inside.
+OF_WINDOWS = (
+    *("sampling.drafts", "sampling.speculative", "tensorar.residual", "tensorar.base_rate"),
+)
+OF_BASE = (
+    *("sampling.drafts", "tensorar.residual", "tensorar.base_rate"),
+    *("sampling.stride", "loss.w_tensor"),
+    *("tensorar.drafts", "tensorar.noise", "tensorar.noise_schedule", "tensorar.nested"),
+    "tensorar.draft_weight",
+)
 OF_NOISE = ("tensorar.noise", "tensorar.noise_schedule", "tensorar.nested")
-OF_WINDOWS = ("sampling.drafts", "sampling.speculative")
 # Settings in no section. A key of JAX is made of 32 bits.
 APART = {"name": keys.text(""), "seed": keys.integer(0, low=0, high=2**32 - 1)}
 NAMES = ("name", "kind")  # of settings that a choice has made already
@@ -108,6 +117,11 @@ def config(
     return filled({}, windows=windows, **choices)
 
 
+def with_windows(config: Config) -> Config:
+    """A copy of a config with a section `tensorar`, at its defaults."""
+    return filled(config, **(choices_of(config) | {"windows": True}))
+
+
 def choices_of(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """The choices that decide which settings a config has; arguments as of `config`."""
     values = {}
@@ -159,6 +173,7 @@ def silent(config: Config) -> dict[str, str]:
             "sampling.speculative is False",
             ("sampling.relaxed_acceptance",),
         ),
+        (get("tensorar.drafter"), "tensorar.drafter is True", OF_BASE),
         (
             get("sampling.solver", "ancestral") != "ancestral",
             "sampling.solver is not ancestral",
@@ -177,5 +192,5 @@ def silent(config: Config) -> dict[str, str]:
 
 def _value(key: keys.Key, value: Any) -> Any:
     if key.kind is tuple:
-        value = tuple(value)  # saved as a list
+        value = None if value is None else tuple(value)  # saved as a list
     return config_lib.Optional(key.kind, value) if key.optional else value

@@ -17,7 +17,7 @@ from arcond_jax.build import official as official_lib
 from arcond_jax.config import Config, ConfigError
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.diffusion import solvers
-from arcond_jax.models import diffusion_head, gpt, tensorar, windows
+from arcond_jax.models import diffusion_head, gpt, losses, tensorar, windows
 from arcond_jax.nn import stack
 from arcond_jax.sampling import guidance as guidance_lib
 from arcond_jax.sampling import heads, raster, speculative, stride
@@ -115,6 +115,10 @@ TENSORAR = {
     "noise_schedule": keys.choice("exponential", tuple(windows.SCHEDULES)),
     "nested": keys.flag(True),
     "draft_weight": keys.number(1.0, low=0.0),
+    "draft_weights": keys.weights(),  # of each entry from 1 on; the same for all
+    "residual": keys.flag(True),
+    "base_rate": keys.number(1.0, low=0.0, high=1.0),  # of the learning rate; 0 freezes the base
+    "drafter": keys.flag(False),  # guesses beside a frozen base, in the place of windows fed back
 }
 GUIDED = {
     "guidance_scale": keys.number(1.0),
@@ -162,16 +166,53 @@ def prompted(config: Config, *apart: str, num_prefix: int = 1) -> dict[str, Any]
 
 
 def windowed(config: Config, inner: Any) -> Any:
-    """TensorAR around a model of codes, if the config has windows."""
-    if "tensorar" not in config or config.tensorar.window == 1:
+    """TensorAR or a drafter around a model of codes, if the config has windows."""
+    if not has_windows(config):
         return inner
-    names = ("window", "depth", "mlp_ratio")
-    return tensorar.Windowed(
+    section = config.tensorar
+    parts = dict(
         inner=inner,
         num_heads=config.model.num_heads,
+        depth=section.depth,
+        mlp_ratio=section.mlp_ratio,
         dtype=tokens.DTYPES[config.training.dtype],
-        **{name: config.tensorar[name] for name in names},
     )
+    if section.drafter:
+        return tensorar.Drafter(num_drafts=section.window - 1, **parts)
+    return tensorar.Windowed(window=section.window, residual=section.residual, **parts)
+
+
+def has_windows(config: Config) -> bool:
+    """Whether more than the next code is predicted."""
+    return "tensorar" in config and config.tensorar.window > 1
+
+
+def is_drafter(config: Config) -> bool:
+    """Whether that is all that is trained."""
+    return "tensorar" in config and config.tensorar.drafter
+
+
+def base_rate(config: Config) -> float:
+    """Learning rate of the model inside windows, as a share of that of the windows' own parts."""
+    if is_drafter(config):
+        return 0.0
+    return config.tensorar.base_rate if "tensorar" in config else 1.0
+
+
+def code_loss(config: Config, weight: float = 1.0) -> losses.Loss:
+    """Cross-entropy of codes, or of a drafter's guesses alone."""
+    if "tensorar" not in config:
+        return losses.CodeLoss(weight)
+    section = config.tensorar
+    weights = None if section.draft_weights is None else tuple(section.draft_weights)
+    if section.drafter:
+        return losses.DraftLoss(weights)
+    return losses.CodeLoss(weight, section.draft_weight, weights)
+
+
+def windows_of(config: Config, fitted: types.Tokenizer | None) -> dict[str, Any]:
+    """What `models.causal.Generator` is told of windows: what they show, and what is frozen."""
+    return dict(drafts=drafts(config, fitted), frozen=base_rate(config) == 0)
 
 
 def drafts(config: Config, fitted: types.Tokenizer | None) -> windows.Drafts:

@@ -15,6 +15,7 @@ class Key:
 
     Attributes:
       kind: Its type; float also takes an int, tuple also a list.
+      entries: What a tuple holds: int for whole numbers of at least 1, float for numbers above 0.
       default: None only where it is optional.
       optional: Whether it may be None.
       low, high: Least and largest value.
@@ -30,6 +31,7 @@ class Key:
     above: int | float | None = None
     below: int | float | None = None
     choices: Sequence[Any] | None = None
+    entries: type = int
 
     def accept(self, name: str, value: Any) -> Any:
         """The value, of the right type; raises ValueError, naming the setting, if it cannot be."""
@@ -46,11 +48,22 @@ class Key:
             raise ValueError(f"config key {name} wants {wanted}, not {str(value)!r}")
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{name} {value!r} is not one of {', '.join(map(str, self.choices))}")
-        if self.kind is tuple and not _are_counts(value):
-            raise ValueError(f"{name} {value} must hold whole numbers of at least 1")
+        if self.kind is tuple:
+            return self._entries(name, value)
         if self.kind in (int, float) and not self._inside(value):
             raise ValueError(f"{name} {value} must be {self._range()}")
         return value
+
+    def _entries(self, name: str, values: tuple) -> tuple:
+        if self.entries is int:
+            right = all(type(x) is int and x >= 1 for x in values)
+            words = "whole numbers of at least 1"
+        else:
+            right = all(type(x) in (int, float) and math.isfinite(x) and x > 0 for x in values)
+            words = "numbers above 0"
+        if not (values and right):
+            raise ValueError(f"{name} {values} must hold {words}")
+        return tuple(self.entries(x) for x in values)
 
     def _inside(self, value: Any) -> bool:
         return (
@@ -74,10 +87,6 @@ class Key:
             if x is not None
         ]
         return " and ".join(words) or "finite"
-
-
-def _are_counts(values: Any) -> bool:
-    return len(values) > 0 and all(type(x) is int and x >= 1 for x in values)
 
 
 Section = Mapping[str, Key]
@@ -116,3 +125,8 @@ def choice(default: str, choices: Sequence[str]) -> Key:
 def sizes(default: tuple[int, ...]) -> Key:
     """Several whole numbers."""
     return Key(tuple, default)
+
+
+def weights() -> Key:
+    """Several numbers above 0, or None."""
+    return Key(tuple, None, optional=True, entries=float)

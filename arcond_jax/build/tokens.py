@@ -59,8 +59,8 @@ class Tokenizer:
       gives: Kinds of token, of "latents" and "codes".
       abstract: Its shapes, for a config.
       network: The Linen module of one that is read from weights; None for one that is fitted.
-      codebook: From the tokenizer itself, the vectors of its codes, centred; None where it has no
-        such table.
+      codebook: From the tokenizer itself, the vectors of its codes, centred where they have a
+        common direction; None where there is no table, codes being signs.
       official: Its official weights.
     """
 
@@ -76,6 +76,10 @@ def _centred(fitted: patches.Patches) -> Float[Array, "v c"]:
     """Raw pixels share a direction, brightness, that would hide all others in a cosine."""
     assert fitted.codebook is not None
     return fitted.codebook - fitted.codebook.mean(axis=0)
+
+
+def _quantiser(tokenizer: network_lib.Coded) -> Float[Array, "v c"]:
+    return tokenizer.params["codebook"]["table"]
 
 
 PATCH = {"patch_size": keys.integer(2)}
@@ -113,6 +117,7 @@ TOKENIZERS: Mapping[str, Tokenizer] = {
         ("codes",),
         _coded,
         vq.VQAutoencoder,
+        _quantiser,
         official=official_lib.Official(
             "vq",
             ("tokenizers:vq16", "tokenizers:vq8"),
@@ -126,6 +131,7 @@ TOKENIZERS: Mapping[str, Tokenizer] = {
         ("codes",),
         _coded,
         maskgit_vq.MaskGITAutoencoder,
+        _quantiser,
         official=official_lib.Official(
             "maskgit_vq", ("tokenizers:maskgit_vq",), maskgit_vq_table.rows
         ),

@@ -8,8 +8,9 @@ import optax
 from jax.sharding import Mesh
 
 from arcond_jax import types
-from arcond_jax.build import models, tokens, transport
+from arcond_jax.build import family, models, tokens, transport
 from arcond_jax.config import Config, ConfigError
+from arcond_jax.models import tensorar
 from arcond_jax.parallel import compiled
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.training import optimizer as optimizer_lib
@@ -62,6 +63,8 @@ def optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Sched
         weight_decay=training.weight_decay,
         clip_norm=training.clip_norm,
         spared=() if training.get("decay_head", True) else ("denoiser",),
+        own=tensorar.PARTS,
+        base_rate=family.base_rate(config),
     )
     return update, rate
 
@@ -122,3 +125,20 @@ def train_step(
         out_shardings=(places, whole),
         donate_argnums=0,
     )
+
+
+def window_metrics(
+    config: Config, on: Mesh, fitted: types.Tokenizer | None = None
+) -> compiled.Compiled | None:
+    """The compiled `(state, tokenizer, batch) -> metrics` of windows; None where there are none."""
+    if not family.has_windows(config):
+        return None
+    measures = functools.partial(
+        step_lib.measures,
+        metrics=models.generator(config, fitted).window_metrics,
+        tokens_of=tokens.tokens_of(config),
+        num_accumulations=config.training.num_accumulations,
+    )
+    places = mesh_lib.tree_shardings(abstract_state(config), on)
+    whole, batch = mesh_lib.replicated(on), mesh_lib.batch_sharding(on)
+    return compiled.Compiled(measures, on, in_shardings=(places, whole, batch), out_shardings=whole)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import types
-from arcond_jax.models import generator, losses, tensorar, windows
+from arcond_jax.models import generator, losses, measures, tensorar, windows
 from arcond_jax.nn import factors as factors_lib
 
 
@@ -69,16 +69,39 @@ def given(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Fed:
+    """A batch as a step of training sees it, in the order positions are visited.
+
+    Attributes:
+      prompt: With some rows asking for nothing.
+      at: The positions in that order.
+      codes, latents: The real tokens.
+      plain, token: What is fed, without drafts and with those of training.
+      metrics: What to log of the order.
+    """
+
+    prompt: types.Prompt
+    at: Int[Array, "*b l"]
+    codes: Int[Array, "b l factors"] | None
+    latents: Float[Array, "b l c"] | None
+    plain: types.Token
+    token: types.Token
+    metrics: types.Metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Generator(generator.Generator):
     """Initialisation and training loss of a `types.CausalModel`; a `types.Generator`.
 
     Attributes:
       losses: What is trained from the conditions.
       drafts: What the windows fed in show beyond their first code.
+      frozen: Whether the model inside windows stays as it is.
     """
 
     losses: tuple[losses.Loss, ...]
     drafts: windows.Drafts = dataclasses.field(default_factory=windows.Drafts)
+    frozen: bool = dataclasses.field(default=False, kw_only=True)
 
     streams = ("prompt", "windows", "latents", "dropout")
 
@@ -113,6 +136,61 @@ class Generator(generator.Generator):
     ) -> tuple[Float[Array, ""], types.Metrics]:
         """The weighted sum of the losses, and their parts."""
         rngs = self.rngs(rng)
+        if self.frozen:
+            params = tensorar.frozen(params)
+        fed = self._fed(params, tokens, prompt, rngs, step)
+
+        def apply(*args: Any, method: Any) -> Any:
+            return self.apply(params, *args, method=method, rngs={"dropout": rngs["dropout"]})
+
+        cond = apply(fed.token, fed.prompt, fed.at, method=teacher_forced)
+        total, metrics = jnp.zeros(()), fed.metrics
+        told = (cond, fed.at, fed.codes, fed.latents, rngs["latents"])
+        for part in self.losses:
+            loss, parts = part(self.network, apply, *told)
+            total, metrics = total + loss, metrics | parts
+        return total, {"loss": total} | metrics
+
+    def window_metrics(
+        self,
+        params: types.Params,
+        tokens: types.Tokens,
+        prompt: types.Prompt,
+        rng: Key[Array, ""],
+        *,
+        step: Int[Array, ""] | int = 0,
+    ) -> types.Metrics:
+        """What the drafts of training tell, and how often drafts would be accepted; no dropout.
+
+        Arguments are those of `loss`, so that the drafts are those of that step.
+        """
+        fed = self._fed(params, tokens, prompt, self.rngs(rng), step)
+        assert fed.codes is not None
+
+        def apply(*args: Any, method: Any) -> Any:
+            return self.apply(params, *args, method=method)
+
+        cond = apply(fed.plain, fed.prompt, fed.at, method=teacher_forced)
+        masked = measures.next_cross_entropy(apply, cond, fed.at, fed.codes)
+        accepted = measures.acceptance(self.network, apply, cond, fed.at, fed.codes)
+        metrics = {f"windows/acceptance_{j}": x for j, x in enumerate(accepted, 1)}
+        metrics |= {"windows/masked": masked}
+        if fed.token is fed.plain:
+            return metrics
+        cond = apply(fed.token, fed.prompt, fed.at, method=teacher_forced)
+        noised = measures.next_cross_entropy(apply, cond, fed.at, fed.codes)
+        same = measures.unchanged(fed.token, fed.codes)[1:]
+        metrics |= {f"windows/unchanged_{j}": x for j, x in enumerate(same, 1)}
+        return metrics | {"windows/noised": noised, "windows/leak": masked - noised}
+
+    def _fed(
+        self,
+        params: types.Params,
+        tokens: types.Tokens,
+        prompt: types.Prompt,
+        rngs: dict[str, Key[Array, ""]],
+        step: Int[Array, ""] | int,
+    ) -> Fed:
         prompt = self.with_prompts_dropped(prompt, rngs["prompt"])
         codes, latents = self.own(tokens)
         at, metrics = self.visited(types.num_rows(prompt), rngs, step)
@@ -129,16 +207,7 @@ class Generator(generator.Generator):
                 factor_sizes=self.network.factor_sizes,
                 draw=lambda rng: self._drawn(params, plain, prompt, at, rng),
             )
-
-        def apply(*args: Any, method: Any) -> Any:
-            return self.apply(params, *args, method=method, rngs={"dropout": rngs["dropout"]})
-
-        cond = apply(token, prompt, at, method=teacher_forced)
-        total = jnp.zeros(())
-        for part in self.losses:
-            loss, parts = part(self.network, apply, cond, at, codes, latents, rngs["latents"])
-            total, metrics = total + loss, metrics | parts
-        return total, {"loss": total} | metrics
+        return Fed(prompt, at, codes, latents, plain, token, metrics)
 
     def visited(
         self, num_rows: int, rngs: dict[str, Key[Array, ""]], step: Int[Array, ""] | int

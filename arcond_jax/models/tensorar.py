@@ -17,11 +17,14 @@ the idea of Hydra (Ankner et al., 2024).
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from arcond_jax import types
 from arcond_jax.nn import attention, linear, mlp, norm, parameter
+
+PARTS = ("window_encoder", "window_decoder")  # parameters beside those of the model inside
 
 
 class QueryBlock(nn.Module):
@@ -216,6 +219,11 @@ def size(x: Float[Array, "n d"]) -> Float[Array, "n 1"]:
     """Root of the mean square."""
     square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
     return jnp.sqrt(square).astype(x.dtype)
+
+
+def frozen(params: types.Params) -> types.Params:
+    """The same parameters, of which only the windows' own have gradients."""
+    return {x: p if x in PARTS else jax.lax.stop_gradient(p) for x, p in params.items()}
 
 
 def gain(module: nn.Module, x: Float[Array, "... d"]) -> Float[Array, "... d"]:

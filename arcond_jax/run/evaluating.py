@@ -9,6 +9,7 @@ from etils import epath
 from jaxtyping import Float32, Int
 
 from arcond_jax import atomic, build
+from arcond_jax.build import family
 from arcond_jax.data import images, pipeline
 from arcond_jax.evaluation import card, features, samples
 from arcond_jax.evaluation import classifier as classifier_lib
@@ -39,7 +40,7 @@ def provenance(trained: Trained, config: build.Config, *, seed: int) -> card.Set
         del sampling["latent_temperature"]
     if not sampling.get("speculative", True):
         del sampling["speculative"], sampling["relaxed_acceptance"]
-    if "tensorar" in config and config.tensorar.window == 1:
+    if "tensorar" in config and (not family.has_windows(config) or family.is_drafter(config)):
         del sampling["drafts"]
     refinement = config.transport.to_dict()
     return card.Settings(

@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from arcond_jax import build, types
+from arcond_jax.build import family
 from arcond_jax.build import saved as saved_lib
+from arcond_jax.models import tensorar
 from arcond_jax.run import restoring
 from arcond_jax.tokenizers import patches
 
@@ -36,6 +38,12 @@ class Initial:
     classes: Classes | None = None
 
 
+def check_given(config: build.Config, initial: Initial | None) -> None:
+    """Raises ConfigError for a model that cannot start from nothing."""
+    if initial is None and family.is_drafter(config):
+        raise build.ConfigError("a drafter learns to guess what a trained model draws: give --init")
+
+
 def start(
     initial: Initial,
     config: build.Config,
@@ -49,6 +57,8 @@ def start(
     grid are interpolated (bicubic, along rows and columns). The tokenizer is that of the run, whose
     codes its weights speak of; None where it is not fitted, but read from weights.
 
+    Windows that the source lacks stay fresh: a model with windows starts from a plain one.
+
     Raises:
       build.ConfigError: They are of another model or size, or of other classes.
     """
@@ -58,7 +68,10 @@ def start(
     _check_same_model(initial, config, source)
     of_classes = _depending_on(source, "data.num_classes", source.data.num_classes + 1)
     of_grid = _depending_on(source, "data.image_size", 2 * source.data.image_size)
-    _check_shapes(initial, _shapes(config), _shapes(source), of_classes | of_grid)
+    ours, theirs = _shapes(config), _shapes(source)
+    own = {x for x in tensorar.PARTS if _holds(ours, x) and not _holds(theirs, x)}
+    taken = {name: shape for name, shape in ours.items() if name.split("/")[0] not in own}
+    _check_shapes(initial, taken, theirs, of_classes | of_grid)
     held, tokenizer = _opened(initial, source, config, mesh)
     grids = build.grid(source), build.grid(config)
 
@@ -71,12 +84,15 @@ def start(
         return jax.device_put(held, fresh.sharding)
 
     logging.info(
-        "--init %s: weights taken over%s%s",
+        "--init %s: weights taken over%s%s%s",
         initial.workdir,
         f", {config.data.num_classes} classes new" if new_classes and of_classes else "",
         ", positions interpolated" if of_grid and grids[0] != grids[1] else "",
+        f", new: {', '.join(sorted(own))}" if own else "",
     )
-    return jax.tree_util.tree_map_with_path(place, fresh, held), tokenizer
+    kept = {name: x for name, x in fresh.items() if name not in own}
+    made = jax.tree_util.tree_map_with_path(place, kept, held)
+    return {name: made.get(name, x) for name, x in fresh.items()}, tokenizer
 
 
 def _opened(
@@ -162,6 +178,12 @@ def _check_shapes(
     adapted: set[str],
 ) -> None:
     """Raises ConfigError for the first array that differs and cannot be adapted."""
+    for part in tensorar.PARTS:
+        if _holds(theirs, part) and not _holds(ours, part):
+            raise build.ConfigError(
+                f"--init {initial.workdir} has a {part}, the config none: take the section "
+                "tensorar of those weights"
+            )
     for name in ours | theirs:
         here, there = ours.get(name, "absent"), theirs.get(name, "absent")
         if here != there and not (name in adapted and name in ours and name in theirs):
@@ -169,6 +191,10 @@ def _check_shapes(
                 f"--init {initial.workdir}: {name} is {there} there, {here} here: take the config "
                 "of those weights, with data and training of your own"
             )
+
+
+def _holds(shapes: dict[str, tuple[int, ...]], part: str) -> bool:
+    return any(name.split("/")[0] == part for name in shapes)
 
 
 def _shapes(config: build.Config) -> dict[str, tuple[int, ...]]:

@@ -28,6 +28,7 @@ from arcond_jax.transport import refiners
 # On the sheets drawn while training.
 SAMPLES_PER_CLASS = 10
 MAX_CLASSES = 20  # the first ones
+MAX_UNCHANGED = 0.5  # share of drafts that noise leaves as they are
 
 Images = UInt8[np.ndarray, "n height width channels"]
 Show = Callable[[int, Images, np.ndarray, tuple[str, ...] | None], None]
@@ -137,13 +138,40 @@ def _train(
         draw_samples=draw,
         stop=stop,
         workdir=workdir,
+        measure=_measure(trained),
     )
+
+
+def _measure(trained: restoring.Trained) -> loop.Measure | None:
+    """Measures windows where there are any; says once if their drafts teach copying."""
+    config, tokenizer = trained.config, trained.tokenizer
+    measure_fn = build.window_metrics(config, trained.mesh, tokenizer)
+    if measure_fn is None:
+        return None
+    unsaid = config.tensorar.noise != "none"
+
+    def measure(state: state_lib.TrainState, batch: types.Batch) -> dict[str, float]:
+        nonlocal unsaid
+        scalars = {name: float(x) for name, x in measure_fn(state, tokenizer, batch).items()}
+        same = {x: scalars[x] for x in scalars if x.startswith("windows/unchanged")}
+        copied = [f"{name} {share:.2f}" for name, share in same.items() if share > MAX_UNCHANGED]
+        if unsaid and copied:
+            unsaid = False
+            logging.warning(
+                "%s: most of these drafts are the real codes, which teaches copying; take another "
+                "tensorar.noise_schedule or tensorar.noise",
+                ", ".join(copied),
+            )
+        return scalars
+
+    return measure
 
 
 def _fresh(
     config: build.Config, batches: "_Batches", start_from: initial_lib.Initial | None
 ) -> tuple[state_lib.TrainState, types.Tokenizer]:
     """A state and a tokenizer to begin with; nothing is written yet."""
+    initial_lib.check_given(config, start_from)
     mesh, tokenizer = batches.mesh, None
     state = build.train_state(config, mesh)
     if start_from is not None:

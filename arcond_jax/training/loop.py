@@ -28,6 +28,9 @@ MAX_SKIPPED_IN_A_ROW = 10
 MAX_SKIPPED_SHARE = 0.1  # of all updates; looked at where a line is logged
 
 
+Measure = Callable[[state_lib.TrainState, types.Batch], dict[str, float]]
+
+
 class DivergedError(RuntimeError):
     """Ten gradients in a row, or a tenth of all, were not finite."""
 
@@ -59,6 +62,7 @@ def train(
     draw_samples: Callable[[int, state_lib.TrainState], None],
     stop: stopping.Stop,
     workdir: epath.PathLike,
+    measure: Measure | None = None,
 ) -> state_lib.TrainState:
     """Runs from `state.step` to `num_train_steps`.
 
@@ -66,6 +70,7 @@ def train(
       save: Called at checkpoint steps, at the last step and when told to stop.
       draw_samples: Called every `intervals.samples` steps.
       stop: True once the run is told to stop.
+      measure: More to log, of the state and the batch at hand; called where a line is logged.
 
     Returns:
       The state, saved; of an earlier step than the last if the run was told to stop.
@@ -84,7 +89,8 @@ def train(
         for writer in writers:
             at_exit.callback(writer.close)
         while step < num_train_steps and not stop:
-            state, metrics = step_fn(state, next(iterator))
+            batch = next(iterator)
+            state, metrics = step_fn(state, batch)
             step += 1
             progress.update()
             interval.add(metrics)
@@ -96,6 +102,8 @@ def train(
             if step % intervals.log == 0 or step == num_train_steps:
                 scalars = interval.read_and_reset()
                 _check_few_skipped(int(state.skipped), step, workdir)
+                if measure is not None:
+                    scalars |= measure(state, batch)
                 for writer in writers:
                     writer.write_scalars(step, scalars)
                     writer.flush()

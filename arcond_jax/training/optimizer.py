@@ -1,4 +1,4 @@
-"""AdamW with a learning-rate curve and gradient clipping."""
+"""AdamW with a learning-rate curve, gradient clipping, and a slower rate for what is tuned."""
 
 import jax
 import optax
@@ -50,6 +50,8 @@ def adamw(
     weight_decay: float,
     clip_norm: float | None,
     spared: tuple[str, ...] = (),
+    own: tuple[str, ...] = (),
+    base_rate: float = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW that decays matrices and tables only, after clipping the global gradient norm.
 
@@ -57,6 +59,9 @@ def adamw(
       weight_decay: Times the learning rate; biases, and scales of norms and branches, are spared.
       clip_norm: Largest global norm of a gradient; None for no limit.
       spared: Names of parts that are not decayed at all.
+      own: Top names of the parameters that learn at `rate` whatever the others do.
+      base_rate: Share of it at which those others learn. At 0 they stay as they are and nothing is
+        kept for them; at 1 there is one optimizer for all.
     """
 
     def is_decayed(path: tuple, _: jax.Array) -> bool:
@@ -64,13 +69,22 @@ def adamw(
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         return not set(names) & {*NOT_DECAYED, *spared}
 
-    update = optax.adamw(
-        rate,
-        b1=b1,
-        b2=b2,
-        weight_decay=weight_decay,
-        mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params),
-    )
+    def at(rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.adamw(
+            rate,
+            b1=b1,
+            b2=b2,
+            weight_decay=weight_decay,
+            mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params),
+        )
+
+    update = at(rate)
+    if base_rate < 1:
+        base = at(lambda step: base_rate * rate(step)) if base_rate else optax.set_to_zero()
+        update = optax.multi_transform(
+            {"own": update, "base": base},
+            lambda params: {name: "own" if name in own else "base" for name in params},
+        )
     if clip_norm is None:
         return update
     return optax.chain(optax.clip_by_global_norm(clip_norm), update)

@@ -37,8 +37,7 @@ def train_step(
       ema_decay: Of the average of parameters, in [0, 1).
       num_accumulations: Pieces the batch is cut into, one backward pass each; divides the batch.
     """
-    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    batch_rng = jax.random.fold_in(rng, jnp.iinfo(jnp.int32).max)  # far from those of pieces
+    rng, batch_rng = rngs_of(state, state.step)
     tokens = tokens_of(tokenizer, batch, batch_rng)
     metrics, grads = gradient(
         generator,
@@ -53,6 +52,8 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+    # The average of what never changes is that, to the last bit.
+    ema = jax.tree.map(lambda new, old, x: jnp.where(x == old, old, new), ema, state.ema, params)
     finite = jnp.isfinite(norm)
     params, ema, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
@@ -74,6 +75,38 @@ def train_step(
         "learning_rate": rate(state.step - 1),
         "skipped_updates": state.skipped.astype(jnp.float32),
     }
+
+
+def rngs_of(
+    state: state_lib.TrainState, step: Int[Array, ""]
+) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """Of an update: what its loss draws from, and what its tokens do."""
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
+    return rng, jax.random.fold_in(rng, jnp.iinfo(jnp.int32).max)  # far from those of pieces
+
+
+def measures(
+    state: state_lib.TrainState,
+    tokenizer: types.Tokenizer,
+    batch: types.Batch,
+    *,
+    metrics: Callable[..., types.Metrics],
+    tokens_of: TokensOf,
+    num_accumulations: int = 1,
+) -> types.Metrics:
+    """What else is logged, of the batch of the last update and with what it drew; to be jitted.
+
+    Args:
+      metrics: Takes what a loss takes.
+      num_accumulations: As in `train_step`; of its pieces, the first is measured.
+    """
+    step = state.step - 1
+    rng, batch_rng = rngs_of(state, step)
+    tokens = tokens_of(tokenizer, batch, batch_rng)
+    if num_accumulations > 1:
+        rng = jax.random.fold_in(rng, 0)
+    tokens, prompt = jax.tree.map(lambda x: x[::num_accumulations], (tokens, batch.prompt))
+    return metrics(state.params, tokens, prompt, rng, step=step)
 
 
 def gradient(

@@ -53,12 +53,10 @@ def latents_generator(config: Config, fitted: types.Tokenizer | None) -> causal.
 
 def joint_generator(config: Config, fitted: types.Tokenizer | None) -> causal.Generator:
     """Cross-entropy of codes and diffusion loss of latents, in one step."""
-    draft_weight = config.tensorar.draft_weight if "tensorar" in config else 1.0
-    code_loss = losses.CodeLoss(config.loss.w_tensor, draft_weight)
     return causal.Generator(
         joint_network(config),
-        (code_loss, _latent_loss(config)),
-        family.drafts(config, fitted),
+        (family.code_loss(config, config.loss.w_tensor), _latent_loss(config)),
+        **family.windows_of(config, fitted),
         label_dropout=config.loss.label_dropout,
     )
 
@@ -67,6 +65,8 @@ def _check_joint(config: Config) -> None:
     family.check_gpt(config)
     if config.loss.w_diffusion == config.loss.w_tensor == 0:
         raise ConfigError("loss.w_diffusion and loss.w_tensor are both 0: nothing is trained")
+    if family.is_drafter(config):
+        raise ConfigError("tensorar.drafter guesses codes alone, and model joint draws latents too")
 
 
 LATENTS = family.Family(

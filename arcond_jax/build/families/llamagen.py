@@ -9,7 +9,7 @@ from arcond_jax import types
 from arcond_jax.build import family, keys, official, tokens
 from arcond_jax.config import Config
 from arcond_jax.convert import llamagen as table
-from arcond_jax.models import causal, llamagen, losses, prompted
+from arcond_jax.models import causal, llamagen, prompted
 
 SIZES = ("b", "l", "xl", "xxl", "3b")
 W_TENSOR = {"w_tensor": keys.number(1.0, above=0.0)}
@@ -39,11 +39,10 @@ def captioned_network(config: Config) -> types.CausalModel:
 
 def generator(config: Config, fitted: types.Tokenizer | None) -> causal.Generator:
     """Cross-entropy of codes."""
-    draft_weight = config.tensorar.draft_weight if "tensorar" in config else 1.0
     return causal.Generator(
         FAMILIES[config.model.name].network(config),
-        (losses.CodeLoss(config.loss.w_tensor, draft_weight),),
-        family.drafts(config, fitted),
+        (family.code_loss(config, config.loss.w_tensor),),
+        **family.windows_of(config, fitted),
         label_dropout=config.loss.label_dropout,
     )
 

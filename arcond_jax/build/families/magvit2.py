@@ -7,7 +7,7 @@ from arcond_jax import types
 from arcond_jax.build import family, keys, official, tokens
 from arcond_jax.config import Config, ConfigError
 from arcond_jax.convert import magvit2 as table
-from arcond_jax.models import losses, magvit2
+from arcond_jax.models import magvit2
 
 LATER = {  # of a code's factors after the first; None for that of the first
     "later_guidance_scale": keys.number(None, optional=True),
@@ -29,11 +29,10 @@ def network(config: Config) -> types.CausalModel:
 
 def generator(config: Config, fitted: types.Tokenizer | None) -> magvit2.Generator:
     """Cross-entropy of the factors of codes."""
-    draft_weight = config.tensorar.draft_weight if "tensorar" in config else 1.0
     return magvit2.Generator(
         network(config),
-        (losses.CodeLoss(draft_weight=draft_weight),),
-        family.drafts(config, fitted),
+        (family.code_loss(config),),
+        **family.windows_of(config, fitted),
         label_dropout=config.loss.label_dropout,
     )
 

@@ -4,7 +4,7 @@ from arcond_jax import types
 from arcond_jax.build import family, keys, official, tokens
 from arcond_jax.config import Config
 from arcond_jax.convert import rar as table
-from arcond_jax.models import losses, rar
+from arcond_jax.models import rar
 
 ORDERS = {
     "shuffle_start": keys.integer(None, low=0, optional=True),  # random orders for ever
@@ -27,11 +27,10 @@ def network(config: Config) -> types.CausalModel:
 
 def generator(config: Config, fitted: types.Tokenizer | None) -> rar.Generator:
     """Cross-entropy of codes in the order they are visited."""
-    draft_weight = config.tensorar.draft_weight if "tensorar" in config else 1.0
     return rar.Generator(
         network(config),
-        (losses.CodeLoss(draft_weight=draft_weight),),
-        family.drafts(config, fitted),
+        (family.code_loss(config),),
+        **family.windows_of(config, fitted),
         **config.loss,
     )
 
