@@ -71,6 +71,18 @@ def _check_windows(config: Config, length: int) -> None:
             f"tensorar.noise codebook needs vectors of the codes, which tokenizer "
             f"{config.tokenizer.name} does not have here: use categorical"
         )
+    if config.sampling.renoise:
+        _check_renoised(config)
+
+
+def _check_renoised(config: Config) -> None:
+    noise, drafts = config.tensorar.noise, config.tensorar.drafts
+    if drafts == "masked" or noise in ("self", "none"):
+        lacking = "tensorar.drafts masked" if drafts == "masked" else f"tensorar.noise {noise}"
+        raise ConfigError(
+            f"sampling.renoise needs a model whose drafts were noised in training, by "
+            f"tensorar.noise categorical or codebook, not {lacking}: set it to False"
+        )
 
 
 def key_of(config: Config, name: str, settings: dict[str, Any]) -> keys.Key:

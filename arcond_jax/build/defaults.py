@@ -152,6 +152,7 @@ def silent(config: Config) -> dict[str, str]:
         (get("tensorar.noise") == "none", "tensorar.noise is none", OF_NOISE[1:]),
         (get("tensorar.noise") == "self", "tensorar.noise is self", OF_NOISE[2:]),
         (get("tensorar.window") == 1, "tensorar.window is 1", ("sampling.drafts",)),
+        (get("sampling.drafts") != "feed", "sampling.drafts is not feed", ("sampling.renoise",)),
         (
             get("sampling.solver", "ancestral") != "ancestral",
             "sampling.solver is not ancestral",

@@ -44,7 +44,8 @@ class Drawer:
           num_known: Tokens that are given in every call.
         """
         self.trained = trained
-        self._loop = build.sampler(config or trained.config, trace=trace, num_known=num_known)
+        self._config = config or trained.config
+        self._loop = build.sampler(self._config, trace=trace, num_known=num_known)
         self._sample = compiled.Compiled(self._tokens, trained.mesh)
         self._decode = compiled.Compiled(_pixels, trained.mesh)
 
@@ -175,6 +176,9 @@ class Drawer:
         if known is not None:
             num_rows = types.num_rows(prompt)
             given["known"] = jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=0), known)
+        codebook = build.noise_codebook(self._config, tokenizer)
+        if codebook is not None:
+            given["codebook"] = codebook
         return self._loop(
             params,
             rng,

@@ -37,6 +37,8 @@ def provenance(trained: Trained, config: build.Config, *, seed: int) -> card.Set
         sampling = {k: x for k, x in sampling.items() if not k.startswith("guid")}
     if sampling.get("solver", "ancestral") != "ancestral":
         del sampling["latent_temperature"]
+    if not sampling.get("renoise", True):
+        del sampling["renoise"]
     if "tensorar" in config and config.tensorar.window == 1:
         del sampling["drafts"]
     refinement = config.transport.to_dict()
