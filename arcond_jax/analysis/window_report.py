@@ -25,6 +25,11 @@ NUM_SHOWN = 8  # images in the picture
 NUM_RUNS = 3  # of each sampler that is timed; the fastest counts
 OFF = {"sampling.drafts": "off", "sampling.renoise": False}
 
+HOW_DRAFTS_ARE = {
+    "off": "Their drafts are off, and drawn here for inspection, which changes no image.",
+    "draw": "Their drafts are drawn for inspection, which changes no image.",
+    "feed": "Their drafts are fed back.",
+}
 HOW_TO_READ = """
 Each window holds the code of its position, which is final, and drafts of the codes after it. Later
 windows draw these again. An entry's flips are how often its draft is not the final code.
@@ -103,7 +108,7 @@ def draw(
     Raises:
       build.ConfigError: As in `with_drafts` and `paths`.
     """
-    page, numbers = paths(path)
+    page, beside = paths(path)
     config = with_drafts(trained.config, len(label))
     drawer = drawing.Drawer(trained, config)
     images, kept = [], []
@@ -121,11 +126,11 @@ def draw(
         "sampling": config.sampling.to_dict(),
         "own_drafts": trained.config.sampling.drafts,
         "cost": cost(trained, drawer, config, refiner, batch),
-        **_numbers(config, drafts, emitted, label),
+        **numbers(config, drafts, emitted, label),
     }
     picture = None if drafts is None else decoded(drawer, drafts[:NUM_SHOWN])
-    report.write_report(page, title=f"Windows of {config.name}", sections=_sections(found, picture))
-    atomic.write_text(numbers, json.dumps(found, indent=2) + "\n")
+    report.write_report(page, title=f"Windows of {config.name}", sections=sections(found, picture))
+    atomic.write_text(beside, json.dumps(found, indent=2) + "\n")
     return np.concatenate(images)
 
 
@@ -133,7 +138,7 @@ def _of_windows(sampled: sampled_lib.Sampled) -> tuple[Any, Any]:
     return sampled.drafts, getattr(sampled, "emitted", None)
 
 
-def _numbers(
+def numbers(
     config: build.Config,
     drafts: Int[np.ndarray, "n l w"] | None,
     emitted: Int[np.ndarray, "n w"] | None,
@@ -224,20 +229,19 @@ def _seconds(
     return fastest
 
 
-def _sections(
+def sections(
     found: Mapping[str, Any], picture: UInt8[np.ndarray, "n w height width channels"] | None
 ) -> list[report.Text | report.Table | report.Picture]:
     """The page."""
-    how = {"off": "off; they are drawn here for inspection, which changes no image"}
     intro = (
         f"{found['num_images']} images of {found['model']} (step {found['checkpoint_step']}, seed "
-        f"{found['seed']}), windows of {found['window']} codes. Drafts of this run are "
-        f"{how.get(found['own_drafts'], found['own_drafts'])}."
+        f"{found['seed']}), windows of {found['window']} codes. "
     )
     if picture is None:
-        intro = intro.split(" Drafts of")[0] + " Speculative sampling."
+        intro += "Drafts are verified: speculative sampling."
         shown = [_calls_table(found), report.Text(HOW_TO_READ_CALLS, heading="How to read it")]
     else:
+        intro += HOW_DRAFTS_ARE[found["own_drafts"]]
         strip = report.Picture(
             figures.refinement_strip(picture),
             "From draft to final, an image a row: the code of every position as it was guessed so "
