@@ -37,7 +37,8 @@ windows draw these again. An entry's flips are how often its draft is not the fi
 A high flip rate is no evidence of useful refinement: a draft that knows nothing is changed most
 often. Compare it with chance, the flips that drafts of the same positions of another image would
 have, of the same class where there is one. Flips near chance are drafts that know nothing of their
-image; kappa is the agreement beyond it, 1 for drafts that stay and 0 for chance.
+image; kappa is the agreement beyond it, 1 for drafts that stay and 0 for chance. Nor is a low rate
+evidence of good drafts where they are fed back: a model that trusts them draws what it is shown.
 
 Drafts carry no new information at sampling: they are drawn from the condition of an earlier
 position, which the model has seen already. Feeding them back can help by what is drawn with them,

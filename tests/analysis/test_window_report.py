@@ -32,7 +32,7 @@ def test_drafts_that_are_fed_back_stay_so():
 
 def test_speculative_sampling_has_calls_and_no_drafts(tmp_path):
     config = build.load_config("digits:tensorar")
-    emitted = np.array([[4, 2, 0, 2]])
+    emitted = np.array([[3, 1, 0, 1], [1, 1, 0, 1]])
     found = {
         "model": config.name,
         "checkpoint_step": 3,
