@@ -28,10 +28,7 @@ def _count(jaxpr: core.Jaxpr) -> float:
     for equation in jaxpr.eqns:
         name, inner = equation.primitive.name, [_count(x) for x in _inside(equation.params)]
         if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            summed = math.prod(shape[axis] for axis in contracted)
-            total += 2.0 * summed * math.prod(equation.outvars[0].aval.shape)
+            total += _of_product(equation)
         elif name == "while" and sum(inner):
             raise _DependsOnDataError
         elif name == "cond":
@@ -39,6 +36,13 @@ def _count(jaxpr: core.Jaxpr) -> float:
         else:
             total += sum(inner) * (equation.params["length"] if name == "scan" else 1)
     return total
+
+
+def _of_product(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    summed = math.prod(shape[axis] for axis in contracted)
+    return 2.0 * summed * math.prod(equation.outvars[0].aval.shape)
 
 
 def _inside(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
@@ -23,7 +24,7 @@ from arcond_jax.sampling import sampled as sampled_lib
 
 NUM_SHOWN = 8  # images in the picture
 NUM_RUNS = 3  # of each sampler that is timed; the fastest counts
-OFF = {"sampling.drafts": "off", "sampling.renoise": False}
+OFF = {"drafts": "off", "renoise": False, "speculative": False, "relaxed_acceptance": 1.0}
 
 HOW_DRAFTS_ARE = {
     "off": "Their drafts are off, and drawn here for inspection, which changes no image.",
@@ -170,7 +171,8 @@ def decoded(
     They are decoded from codes, of models that draw latents besides too.
     """
     codes = np.moveaxis(windows.by_position(drafts), -1, 1)
-    image_uint8 = drawer.decode(types.Tokens(codes=codes.reshape(-1, codes.shape[-1])))
+    flat = jnp.asarray(codes.reshape(-1, codes.shape[-1]))
+    image_uint8 = drawer.decode(types.Tokens(codes=flat))
     return image_uint8.reshape(*codes.shape[:2], *image_uint8.shape[1:])
 
 
@@ -187,8 +189,8 @@ def cost(
       drawer: Of `config`, the sampler as drawn.
       prompt: A batch, as large as those drawn.
     """
-    settings = OFF | ({"sampling.speculative": False} if config.sampling.get("speculative") else {})
-    off = build.changed(config, settings)
+    there = {f"sampling.{name}": x for name, x in OFF.items() if name in config.sampling}
+    off = build.changed(config, there)
     base = build.changed(off, {"tensorar.window": 1})
     inside = nn.unbox(build.abstract_params(base))
     drawers = {
