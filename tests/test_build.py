@@ -229,6 +229,7 @@ WRONG_OVERRIDES = {
     "sampling.guidance_power=2": r"guidance_power 2\.0 and guidance_schedule 'constant': power_co",
     "sampling.guidance_schedule=power_cosine": r"guidance_power None and guidance_schedule 'power",
     "sampling.drafts=on": r"drafts 'on' is not one of off, draw, feed",
+    "sampling.renoise=True": r"renoise True does nothing while sampling\.drafts is not feed",
     "transport.epsilon=0": r"transport\.epsilon 0\.0 must be above 0",
     "transport.grouping=row": r"transport\.grouping 'row' is not one of class, shared",
     "seed=-1": r"seed -1 must be at least 0",
@@ -240,6 +241,33 @@ def test_wrong_overrides_end_in_one_line(override):
     with pytest.raises(build.ConfigError, match=WRONG_OVERRIDES[override]) as raised:
         build.load_config("digits", [override])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        ((), r"by tensorar\.noise categorical or codebook, not tensorar\.drafts masked: set it"),
+        (
+            ("drafts=random", "noise=self"),
+            r"categorical or codebook, not tensorar\.noise self: set",
+        ),
+        (
+            ("drafts=noised", "noise=none"),
+            r"categorical or codebook, not tensorar\.noise none: set",
+        ),
+        (("drafts=noised", "noise=codebook"), None),
+    ],
+)
+def test_drafts_get_the_noise_of_training_or_none(noise, message):
+    overrides = ["sampling.drafts=feed", "sampling.renoise=True"]
+    overrides += [f"tensorar.{text}" for text in noise]
+    if message is None:
+        config = build.load_config("digits:tensorar", overrides)
+        head = family.code_head(config)
+        assert head.renoise is not None and head.renoise.kind == "codebook"
+        return
+    with pytest.raises(build.ConfigError, match=message):
+        build.load_config("digits:tensorar", overrides)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
-from arcond_jax import atomic, build, types
-from arcond_jax.analysis import comparison, figures, report
-from arcond_jax.data import images
+from arcond_jax import atomic, build
+from arcond_jax.analysis import comparison, figures, report, window_report
 from arcond_jax.evaluation import paired, samples
 from arcond_jax.run import drawing, evaluating, restoring, training
 from arcond_jax.training import writer
@@ -352,19 +350,8 @@ def _write_report(
 def window_drafts(
     trained: restoring.Trained, *, seed: int
 ) -> UInt8[np.ndarray, "n entries height width channels"]:
-    """One image per class as each entry of the window would have it, decoded from codes.
-
-    Entry j's code at position i was drawn at position i - j; where there is none, at the first.
-    """
-    config = build.changed(trained.config, {"sampling.drafts": "draw"})
-    label = np.arange(config.data.num_classes, dtype=np.int32)
-    sampled = drawing.Drawer(trained, config).sample(refiners.Identity(), label, seed=seed)
-    drafts = np.asarray(sampled.drafts)
-    position = np.arange(drafts.shape[1])
-    decoded = []
-    for entry in range(drafts.shape[2]):
-        made_at = np.maximum(position - entry, 0)
-        codes = drafts[:, made_at, position - made_at]
-        image = trained.tokenizer.decode(types.Tokens(codes=jax.numpy.asarray(codes)))
-        decoded.append(images.image_to_uint8(np.asarray(image)))
-    return np.stack(decoded, axis=1)
+    """One image per class as each entry of the window would have it, decoded from codes."""
+    drawer = drawing.Drawer(trained, window_report.with_drafts(trained.config))
+    label = np.arange(trained.config.data.num_classes, dtype=np.int32)
+    sampled = drawer.sample(refiners.Identity(), label, seed=seed)
+    return window_report.decoded(drawer, np.asarray(sampled.drafts))

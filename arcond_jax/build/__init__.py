@@ -14,7 +14,7 @@ looks like.
 from arcond_jax.build.checking import check
 from arcond_jax.build.data import image_shape, source
 from arcond_jax.build.defaults import config, with_windows
-from arcond_jax.build.family import Conditions, Family, Generator, Sampler
+from arcond_jax.build.family import Conditions, Family, Generator, Sampler, noise_codebook
 from arcond_jax.build.loading import changed, load_config, with_overrides
 from arcond_jax.build.models import (
     check_trained,
@@ -72,6 +72,7 @@ __all__ = [
     "load_config",
     "mesh",
     "network",
+    "noise_codebook",
     "num_codes",
     "optimizer",
     "register",

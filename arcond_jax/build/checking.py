@@ -102,6 +102,18 @@ def _check_speculative(config: Config) -> None:
             "sampling.speculative does not go with transport.kind in_batch, which needs all rows "
             "at one position: use stored"
         )
+    if config.sampling.renoise:
+        _check_renoised(config)
+
+
+def _check_renoised(config: Config) -> None:
+    noise, drafts = config.tensorar.noise, config.tensorar.drafts
+    if drafts == "masked" or noise in ("self", "none"):
+        lacking = "tensorar.drafts masked" if drafts == "masked" else f"tensorar.noise {noise}"
+        raise ConfigError(
+            f"sampling.renoise needs a model whose drafts were noised in training, by "
+            f"tensorar.noise categorical or codebook, not {lacking}: set it to False"
+        )
 
 
 def key_of(config: Config, name: str, settings: dict[str, Any]) -> keys.Key:

@@ -174,6 +174,7 @@ def silent(config: Config) -> dict[str, str]:
             ("sampling.relaxed_acceptance",),
         ),
         (get("tensorar.drafter"), "tensorar.drafter is True", OF_BASE),
+        (get("sampling.drafts") != "feed", "sampling.drafts is not feed", ("sampling.renoise",)),
         (
             get("sampling.solver", "ancestral") != "ancestral",
             "sampling.solver is not ancestral",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Array, Float
 
 from arcond_jax import types
 from arcond_jax.build import keys, tokens
@@ -132,7 +133,10 @@ CODES = {
     "top_p": keys.number(None, above=0.0, high=1.0, optional=True),
     "min_p": keys.number(None, low=0.0, high=1.0, optional=True),
 }
-DRAFTS = {"drafts": keys.choice("off", heads.DRAFTS)}
+DRAFTS = {
+    "drafts": keys.choice("off", heads.DRAFTS),
+    "renoise": keys.flag(False),  # with the noise of training
+}
 STRIDE = {"stride": keys.integer(1)}
 SPECULATIVE = {
     "speculative": keys.flag(False),
@@ -275,7 +279,26 @@ def code_head(config: Config) -> heads.Codes:
         top_p=sampling.top_p,
         min_p=sampling.min_p,
         drafts=sampling.get("drafts", "off"),
+        renoise=renoise(config),
     )
+
+
+def renoise(config: Config) -> windows.Noise | None:
+    """Noise on drafts that are fed back: that of training."""
+    if not config.sampling.get("renoise"):
+        return None
+    section = config.tensorar
+    levels = windows.noise_levels(section.noise_schedule, section.window)
+    return windows.Noise(section.noise, levels, section.nested)
+
+
+def noise_codebook(config: Config, fitted: types.Tokenizer) -> Float[Array, "v c"] | None:
+    """The vectors that this noise goes through; None where it needs none."""
+    if not config.sampling.get("renoise") or config.tensorar.noise != "codebook":
+        return None
+    table = tokens.kind_of(config).codebook
+    assert table is not None
+    return table(fitted)
 
 
 def causal_sampler(config: Config, network: Any, *, trace: bool, num_known: int) -> Sampler:

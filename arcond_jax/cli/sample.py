@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from arcond_jax import atomic, build
-from arcond_jax.analysis import figures
+from arcond_jax.analysis import figures, window_report
 from arcond_jax.cli import paths
 from arcond_jax.data import class_names, images
 from arcond_jax.evaluation import samples
@@ -24,6 +24,7 @@ EPILOG = """examples:
   arcond sample --checkpoint weights/t2i --captions captions.npz --out drawn.npz
   arcond sample --checkpoint weights/mar --num_images 50000 --out adm.npz --png_dir images
   arcond sample --checkpoint weights/mar --inpaint dog.png --mask mask.png --out dogs.npz
+  arcond sample --checkpoint runs/tensorar --num_images 100 --out s.npz --report windows.html
 
 Refinement is on if the config's transport.kind is not "none"; it needs `arcond calibrate` first.
 Without --label or --class_name the classes take turns, and so do captions (LlamaGen from
@@ -31,7 +32,9 @@ text), which `arcond captions` encodes: a label is the number of one. --inpaint 
 tokens of an image whose pixels are all black in --mask and draws the others (MAR).
 Without --batch_size up to 1000 images are drawn at once, and fewer where that would take more
 than half of the memory that the weights leave. An image depends on the seed and its number, not
-on the batch.
+on the batch. --report is about models with windows of codes (TensorAR): their drafts in
+pictures, how often they are changed against chance, and what they cost; windows.json has the
+numbers.
 
 The images are the array arr_0 (uint8, NHWC) of --out, as the evaluator of ADM (guided-diffusion)
 reads them; pytorch-fid, clean-fid and torch-fidelity read the folder of --png_dir."""
@@ -58,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--png_dir", type=paths.file, help="new folder: also write each image, 000000.png and so on"
     )
+    parser.add_argument(
+        "--report", type=paths.file, help=".html to write, and .json: what windows of codes do"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -77,6 +83,9 @@ def main(args: argparse.Namespace) -> None:
     names = restoring.class_names_of(args.checkpoint) if captions is None else None
     label = _labels(args, count, names)
     drawing.check_labels(label, count)
+    if args.report is not None:
+        window_report.with_drafts(config, len(label))
+        window_report.paths(args.report)
 
     trained = restoring.restore(args.checkpoint, config=config)
     config = trained.config
@@ -87,13 +96,16 @@ def main(args: argparse.Namespace) -> None:
     refiner = refinement.load_refiner(trained, args.checkpoint, config)
     known = _known(args, trained)
     num_known = 0 if known is None else int(known.given.sum())
-    image_uint8 = drawing.Drawer(trained, num_known=num_known).images(
-        refiner,
-        captions_lib.prompt_of(label, captions),
-        seed=args.seed,
-        batch_size=args.batch_size and min(args.batch_size, len(label)),
-        known=known,
-    )
+    prompt = captions_lib.prompt_of(label, captions)
+    batch_size = args.batch_size and min(args.batch_size, len(label))
+    if args.report is not None:
+        image_uint8 = window_report.draw(
+            args.report, trained, refiner, prompt, label, seed=args.seed, batch_size=batch_size
+        )
+    else:
+        image_uint8 = drawing.Drawer(trained, num_known=num_known).images(
+            refiner, prompt, seed=args.seed, batch_size=batch_size, known=known
+        )
     samples.write_samples(
         args.out,
         image_uint8,

@@ -104,33 +104,105 @@ def codebook_noise(
       codebook: The tokenizer's vectors; centred if they have a common direction (raw pixels do).
       nested: As in `categorical_noise`; the paper draws for every window.
 
-    One code of each row is looked up at a time, so that scores are never more than b x v, and a
-    batch that is cut over devices stays so.
     """
     window = len(levels)
-    rows = codebook / jnp.maximum(jnp.linalg.norm(codebook, axis=-1, keepdims=True), 1e-12)
     clean = of(codes[..., 0], window)
     shape = codes.shape[:2] if nested else clean.shape
     noise = jax.random.randint(rng, shape, 0, len(codebook))
     if nested:
         noise = of(noise, window)
 
+    noised = nearest_to_mixed(clean, noise, levels=levels, codebook=codebook)
+    return jax.lax.stop_gradient(noised)[..., None]
+
+
+def nearest_to_mixed(
+    codes: Int[Array, "b *n w"],
+    noise: Int[Array, "b *n w"],
+    *,
+    levels: Float[np.ndarray, " w"],
+    codebook: Float[Array, "v c"],
+) -> Int[Array, "b *n w"]:
+    """Of entries j > 0 the code nearest to (1 - b_j) W[code] + b_j W[noise] by cosine.
+
+    One code of each row is looked up at a time, so that scores are never more than b x v, and a
+    batch that is cut over devices stays so.
+    """
+    rows = codebook / jnp.maximum(jnp.linalg.norm(codebook, axis=-1, keepdims=True), 1e-12)
+
     # Entry 0 is always clean, so only the others are looked up.
     def one_by_one(x: Array) -> Array:
         return jnp.moveaxis(x[..., 1:].reshape(len(x), -1), 0, 1)
 
-    level = jnp.broadcast_to(jnp.asarray(levels)[1:], clean[0, ..., 1:].shape).reshape(-1)
+    level = jnp.broadcast_to(jnp.asarray(levels)[1:], codes[0, ..., 1:].shape).reshape(-1)
 
     def nearest(query: tuple) -> Int[Array, " b"]:
         x, n, b = query
         mixed = (1.0 - b) * rows[x] + b * rows[n]
         scores = jnp.matmul(mixed, rows.T, precision="highest")
-        return jnp.argmax(scores, axis=-1).astype(clean.dtype)
+        return jnp.argmax(scores, axis=-1).astype(codes.dtype)
 
-    mixed = jax.lax.map(nearest, (one_by_one(clean), one_by_one(noise), level))
-    mixed = jnp.moveaxis(mixed, 0, 1).reshape(clean[..., 1:].shape)
-    noised = jnp.concatenate([clean[..., :1], mixed], axis=-1)
-    return jax.lax.stop_gradient(noised)[..., None]
+    mixed = jax.lax.map(nearest, (one_by_one(codes), one_by_one(noise), level))
+    mixed = jnp.moveaxis(mixed, 0, 1).reshape(codes[..., 1:].shape)
+    return jnp.concatenate([codes[..., :1], mixed], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Noise:
+    """Noise on the drafts of a window that was drawn, of the law they were trained with.
+
+    Attributes:
+      kind: "categorical" or "codebook".
+      levels: Share of noise on each entry, as of `noise_levels`.
+      nested: Whether the windows of a row share one draw of noise per token.
+
+    Raises:
+      ValueError: Noise that is no function of codes alone.
+    """
+
+    kind: str
+    levels: Float[np.ndarray, " w"]
+    nested: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("categorical", "codebook"):
+            raise ValueError(f"noise {self.kind!r} cannot be put on drafts: use categorical")
+
+    def __call__(
+        self,
+        window: Int[Array, "b w factors"],
+        rngs: Key[Array, " b"],
+        position: Int[Array, ""],
+        *,
+        factor_sizes: tuple[int, ...],
+        codebook: Float[Array, "v c"] | None = None,
+    ) -> Int[Array, "b w factors"]:
+        """The window at a position, noised; entry 0 stays.
+
+        Args:
+          rngs: One for each row, the same at all positions.
+          codebook: As in `codebook_noise`, which needs it.
+        """
+        sizes = np.array(factor_sizes)
+
+        def draw(rng: Key[Array, ""], at: Array) -> tuple[Array, Array]:
+            rng = jax.random.fold_in(rng, at)
+            if not self.nested:
+                rng = jax.random.fold_in(rng, position)
+            threshold_rng, noise_rng = jax.random.split(rng)
+            noise = jax.random.randint(noise_rng, sizes.shape, 0, sizes, window.dtype)
+            return jax.random.uniform(threshold_rng), noise
+
+        of_rows = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))
+        threshold, noise = of_rows(rngs, position + jnp.arange(len(self.levels)))
+        if self.kind == "categorical":
+            return jnp.where((threshold < self.levels)[..., None], noise, window)
+        if codebook is None:
+            raise ValueError("noise 'codebook' needs the vectors of the codes")
+        noised = nearest_to_mixed(
+            window[..., 0], noise[..., 0], levels=self.levels, codebook=codebook
+        )
+        return noised[..., None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

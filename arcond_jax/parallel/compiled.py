@@ -25,6 +25,11 @@ class Compiled:
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.RULES):
             return self._jitted(*args, **kwargs)
 
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """The program for arguments of these shapes, as JAX writes it."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.RULES):
+            return self._jitted.trace(*args, **kwargs)
+
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """The program for arguments of these shapes, not yet compiled."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.RULES):

@@ -1,6 +1,7 @@
 """Images from a trained model: by class, by caption, or around given tokens."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -46,7 +47,8 @@ class Drawer:
           num_known: Tokens that are given in every call.
         """
         self.trained = trained
-        self._loop = build.sampler(config or trained.config, trace=trace, num_known=num_known)
+        self._config = config or trained.config
+        self._loop = build.sampler(self._config, trace=trace, num_known=num_known)
         self._sample = compiled.Compiled(self._tokens, trained.mesh)
         self._decode = compiled.Compiled(_pixels, trained.mesh)
 
@@ -100,7 +102,7 @@ class Drawer:
         num_rows = len(jax.tree.leaves(tokens)[0])
 
         def piece(start: int, size: int) -> tuple[types.Tokenizer, types.Tokens]:
-            part = _rows(tokens, start, size)
+            part = rows(tokens, start, size)
             return self.trained.tokenizer, jax.device_put(part, mesh_lib.batch_sharding(mesh))
 
         size = memory.batch_size(
@@ -134,7 +136,22 @@ class Drawer:
         batch_size: int | None = None,
         known: mar_sampling.Known | None = None,
     ) -> UInt8[np.ndarray, "n height width channels"]:
-        """The images alone, drawn in batches of one size.
+        """The images alone; arguments as of `batches`."""
+        drawn = self.batches(refiner, prompt, seed=seed, batch_size=batch_size, known=known)
+        return np.concatenate([image_uint8 for image_uint8, _ in drawn])
+
+    def batches(
+        self,
+        refiner: types.Refiner,
+        prompt: types.Prompt,
+        *,
+        seed: int,
+        batch_size: int | None = None,
+        known: mar_sampling.Known | None = None,
+    ) -> Iterator[tuple[UInt8[np.ndarray, "size height width channels"], sampled_lib.Sampled]]:
+        """Images drawn in batches of one size, each with what the loop left.
+
+        The last batch is filled up for the loop; the images it is filled up with are left out.
 
         Args:
           batch_size: None for at most 1000, and fewer where they would take more than half of a
@@ -143,13 +160,14 @@ class Drawer:
         num_rows = types.num_rows(prompt)
         if batch_size is None:
             batch_size = self._batch_size(refiner, prompt, known)
-        drawn = []
         for start in range(0, num_rows, batch_size):
-            # The last batch is filled up, so that the loop compiles once.
-            part = _rows(prompt, start, batch_size)
-            image_uint8, _ = self(refiner, part, seed=seed, first_row=start, known=known)
-            drawn.append(image_uint8[: num_rows - start])
-        return np.concatenate(drawn)
+            part = rows(prompt, start, batch_size)  # of one size, so that the loop compiles once
+            image_uint8, drawn = self(refiner, part, seed=seed, first_row=start, known=known)
+            yield image_uint8[: num_rows - start], drawn
+
+    def traced(self, prompt: types.Prompt) -> jax.stages.Traced:
+        """The loop for these prompts, without refinement, as JAX writes it; nothing is compiled."""
+        return self._sample.trace(*self._arguments(refiners.Identity(), prompt, 0, 0, None))
 
     def _batch_size(
         self, refiner: types.Refiner, prompt: types.Prompt, known: mar_sampling.Known | None
@@ -159,7 +177,7 @@ class Drawer:
             return num_rows
 
         def lower(size: int) -> jax.stages.Lowered:
-            arguments = self._arguments(refiner, _rows(prompt, 0, size), 0, 0, known)
+            arguments = self._arguments(refiner, rows(prompt, 0, size), 0, 0, known)
             return self._sample.lower(*arguments)
 
         return memory.batch_size(lower, num_rows, at_most=DRAWN, mesh=self.trained.mesh)
@@ -184,6 +202,9 @@ class Drawer:
         if known is not None:
             num_rows = types.num_rows(prompt)
             given["known"] = jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=0), known)
+        codebook = build.noise_codebook(self._config, tokenizer)
+        if codebook is not None:
+            given["codebook"] = codebook
         return self._loop(
             params,
             rng,
@@ -212,7 +233,7 @@ def _pixels(
     return to_uint8(image), jnp.isfinite(image).all(axis=axes), far
 
 
-def _rows(tree: Any, start: int, size: int) -> Any:
+def rows(tree: Any, start: int, size: int) -> Any:
     """Rows from `start` on; behind the last, the last again."""
     return jax.tree.map(lambda x: x[np.minimum(np.arange(start, start + size), len(x) - 1)], tree)
 

@@ -40,6 +40,8 @@ def provenance(trained: Trained, config: build.Config, *, seed: int) -> card.Set
         del sampling["latent_temperature"]
     if not sampling.get("speculative", True):
         del sampling["speculative"], sampling["relaxed_acceptance"]
+    if not sampling.get("renoise", True):
+        del sampling["renoise"]
     if "tensorar" in config and (not family.has_windows(config) or family.is_drafter(config)):
         del sampling["drafts"]
     refinement = config.transport.to_dict()

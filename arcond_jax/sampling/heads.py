@@ -13,10 +13,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import types
 from arcond_jax.diffusion import solvers
+from arcond_jax.models import windows
 from arcond_jax.nn import factors as factors_lib
 from arcond_jax.sampling import filters, guidance
 
 DRAFTS = ("off", "draw", "feed")
+NOISE = 2**31 - 1  # the stream of noise on drafts, behind those of all positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Place:
     """Where the loop is: the network with its parameters, and the position.
 
     One position of all rows, or one for each condition of each row.
+
+    `row_rngs` and `codebook`, the vectors of the codes, are for noise on drafts.
     """
 
     network: types.CausalModel
@@ -31,6 +35,8 @@ class Place:
     guidance: guidance.Guidance
     position: Int[Array, "*at"]
     code_law: types.CodeLaw | None = None
+    row_rngs: Key[Array, " b"] | None = None
+    codebook: Float[Array, "v c"] | None = None
 
     def apply(self, *args: Any, method: str) -> Any:
         """Runs a method of the network."""
@@ -74,9 +80,12 @@ class Codes:
       top_k, top_p, min_p: Cuts, as in `filters.filter_logits`; None leaves all.
       drafts: What is done with entries 1 and up of the window: "off" (not drawn), "draw" (drawn for
         inspection) or "feed" (fed back, which is TensorAR's Algorithm 1).
+      renoise: Noise that is put on drafts before they are fed back, as they had in training. What
+        is kept of them is without it.
 
     Raises:
-      ValueError: A choice that does not exist, or a temperature that is not positive.
+      ValueError: A choice that does not exist, a temperature that is not positive, or noise on
+        drafts that are not fed back.
     """
 
     temperature: float = 1.0
@@ -85,10 +94,13 @@ class Codes:
     top_p: float | None = None
     min_p: float | None = None
     drafts: str = "off"
+    renoise: windows.Noise | None = None
 
     def __post_init__(self) -> None:
         if self.drafts not in DRAFTS:
             raise ValueError(f"drafts {self.drafts!r} is not one of {', '.join(DRAFTS)}")
+        if self.renoise is not None and self.drafts != "feed":
+            raise ValueError(f"drafts {self.drafts!r} are not fed back, so no noise is put on them")
         for name in ("temperature", "later_temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -117,10 +129,21 @@ class Codes:
         seen = seen & (place.position + entry < network.length)
         token = dataclasses.replace(
             token,
-            codes=jnp.pad(window, ((0, 0), (0, missing), (0, 0)))[:, None],
+            codes=jnp.pad(self.noised(place, window), ((0, 0), (0, missing), (0, 0)))[:, None],
             seen=jnp.broadcast_to(seen, (len(window), 1, network.window)),
         )
         return token, {"codes": factors_lib.join(window, network.factor_sizes)}
+
+    def noised(self, place: Place, window: Int[Array, "b w factors"]) -> Int[Array, "b w factors"]:
+        """The window as it is fed back."""
+        if self.renoise is None:
+            return window
+        assert place.row_rngs is not None
+        rngs = jax.vmap(jax.random.fold_in, (0, None))(place.row_rngs, NOISE)
+        sizes = place.network.factor_sizes
+        return self.renoise(
+            window, rngs, place.position, factor_sizes=sizes, codebook=place.codebook
+        )
 
     def draw_window(
         self,

@@ -52,6 +52,7 @@ class Raster:
         refiner: types.Refiner,
         code_law: types.CodeLaw | None = None,
         first_row: Int[Array, ""] | int = 0,
+        codebook: Float[Array, "v c"] | None = None,
     ) -> sampled.Sampled:
         """Draws one token grid per prompt.
 
@@ -61,6 +62,7 @@ class Raster:
         Args:
           code_law: Needed for a warm start.
           first_row: Number of the first row, to continue a set of samples in another batch.
+          codebook: Vectors of the codes, needed for noise on drafts that goes through them.
         """
         label = types.group_of(prompt)
         rngs_of_rows = sampled.row_rngs(rng, len(label), first_row)
@@ -71,7 +73,13 @@ class Raster:
 
         def body(carry: Carry, position: Int[Array, ""]) -> tuple[Carry, dict[str, Array]]:
             place = heads_lib.Place(
-                self.network, layout.together(weights), self.guidance, position, code_law
+                self.network,
+                layout.together(weights),
+                self.guidance,
+                position,
+                code_law,
+                rngs_of_rows,
+                codebook,
             )
             drawn, cache = place.apply(
                 carry.x, position[None], prompts, carry.cache, method="advance"

@@ -12,7 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import types
 from arcond_jax.nn import factors as factors_lib
@@ -65,6 +65,7 @@ class StrideSampler:
         refiner: types.Refiner,
         code_law: types.CodeLaw | None = None,
         first_row: Int[Array, ""] | int = 0,
+        codebook: Float[Array, "v c"] | None = None,
     ) -> sampled.Sampled:
         """Draws one code grid per prompt; rows and refinement as in `raster.Raster`.
 
@@ -90,8 +91,15 @@ class StrideSampler:
 
         def body(carry: tuple, position: Int[Array, ""]) -> tuple[tuple, Array]:
             window, cache, state = carry
-            place = heads.Place(network, layout.together(weights), base.guidance, position)
-            token = jax.tree.map(base.guidance.both, self._fed(window, position))
+            place = heads.Place(
+                network,
+                layout.together(weights),
+                base.guidance,
+                position - 1,
+                row_rngs=row_rngs,
+                codebook=codebook,
+            )
+            token = jax.tree.map(base.guidance.both, self._fed(window, place))
             at = position - stride + jnp.arange(stride + network.window)
             at = jnp.minimum(at, network.length - 1)
             x = place.apply(token, at, method="embed")
@@ -105,13 +113,17 @@ class StrideSampler:
         codes = factors_lib.join(emitted, network.factor_sizes).reshape(len(label), -1)
         return sampled.Sampled(types.Tokens(codes=codes[:, : network.length]), refiner_state=state)
 
-    def _fed(self, window: Int[Array, "b w factors"], position: Int[Array, ""]) -> types.Token:
-        """One window per emitted code; only the last may hold drafts, those beyond the emitted."""
+    def _fed(self, window: Int[Array, "b w factors"], place: heads.Place) -> types.Token:
+        """One window per emitted code; only the last may hold drafts, those beyond the emitted.
+
+        `place` is where that last one is.
+        """
         stride, width = self.stride, self.network.window
         shifted = jnp.pad(window, ((0, 0), (0, width), (0, 0)))
-        codes = jnp.stack([shifted[:, r : r + width] for r in range(stride)], axis=1)
+        fed = [shifted[:, r : r + width] for r in range(stride)]
+        codes = jnp.stack([*fed[:-1], self.head.noised(place, fed[-1])], axis=1)
         row, entry = jnp.arange(stride)[:, None], jnp.arange(width)
         is_draft = (row == stride - 1) & (self.head.drafts == "feed") & (row + entry < width)
-        inside = position - stride + row + entry < self.network.length
+        inside = place.position + 1 - stride + row + entry < self.network.length
         seen = (entry == 0) | (is_draft & inside)
         return types.Token(codes=codes, seen=jnp.broadcast_to(seen, codes.shape[:-1]))

@@ -12,7 +12,8 @@ from PIL import Image
 
 from arcond_jax.cli import main
 from arcond_jax.evaluation import classifier, samples
-from arcond_jax.run import restoring
+from arcond_jax.run import drawing, restoring
+from arcond_jax.transport import refiners
 
 
 def flags(*more):
@@ -108,6 +109,9 @@ def sample(workdir, *more):
         (["--seed", "4294967296"], "seed 4294967296 must be from 0 to 4294967295"),
         (["--num_images", "0"], "--num_images and --batch_size must be at least 1"),
         (["--config.sampling.stride=2"], "unknown config key sampling.stride: "),
+        (["--report", "w.html", "--num_images", "1"], "a report compares images: draw at least 2"),
+        (["--report", "w.html", "--config.tensorar.window=1"], "and digits_joint has none"),
+        (["--report", "w.json"], "w.json is the name of the report's numbers: end it in .html"),
         (["--config.model.width=32"], "holds a run with model.width=16, the config says 32"),
         ([], "has no calibrated refiner: run `arcond calibrate --checkpoint"),
     ],
@@ -220,6 +224,26 @@ def test_train_sample_plain(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main.main(["sample", "--help"])
     assert "arr_0" in capsys.readouterr().out
+
+
+def test_a_report_of_windows_changes_no_image(finished, tmp_path):
+    page = tmp_path / "windows.html"
+    arguments = ["sample", "--checkpoint", str(finished), "--num_images", "16", "--batch_size", "8"]
+    arguments += ["--config.transport.kind=none", "--out", str(tmp_path / "out.npz")]
+    assert main.main([*arguments, "--report", str(page)]) == 0
+    plain = drawing.Drawer(restoring.restore(finished)).images(
+        refiners.Identity(), np.arange(16) % 10, seed=0, batch_size=8
+    )
+    np.testing.assert_array_equal(samples.read_samples(tmp_path / "out.npz").image_uint8, plain)
+    found = json.loads((tmp_path / "windows.json").read_text())
+    (entry,) = found["entries"]
+    assert 0.0 < entry["flips"] <= 1.0 and entry["num_drafts"] == 16 * 15
+    assert found["others_of_same_label"] == 12 / 16 and found["own_drafts"] == "off"
+    counts = found["cost"]["operations_per_position"]
+    assert 0 < counts["base"] < counts["drafts_off"] < counts["as_drawn"]
+    assert min(found["cost"]["seconds_per_image"].values()) > 0
+    text = page.read_text()
+    assert "no evidence of useful refinement" in text and "data:image/png" in text
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)

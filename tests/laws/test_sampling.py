@@ -13,6 +13,7 @@ import tiny
 from arcond_jax import types
 from arcond_jax.diffusion import schedule, solvers
 from arcond_jax.models import causal, diffusion_head, gpt, joint, llamagen, tensorar
+from arcond_jax.models import windows as windows_lib
 from arcond_jax.parallel import compiled as compiled_lib
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.parallel import processes
@@ -298,33 +299,48 @@ def drawn_window(params, windows, position):
     return jax.vmap(jax.random.categorical)(rngs, logits)
 
 
-def base(drafts="off", **choices):
+def base(drafts="off", renoise=None, **choices):
     guidance = guidance_lib.Guidance(**dict(scale=SCALE, schedule="linear") | choices)
-    head = heads.Codes(temperature=TEMPERATURE, top_k=TOP_K, drafts=drafts)
+    head = heads.Codes(temperature=TEMPERATURE, top_k=TOP_K, drafts=drafts, renoise=renoise)
     return raster.Raster(CODES_ONLY, (head,), guidance=guidance)
 
 
+NOISE = windows_lib.Noise("categorical", windows_lib.noise_levels("sqrt", WINDOW))
+
+
+@jax.jit
+def noised(window, position):
+    """The window as it is fed back with that noise."""
+    rngs, sizes = row_rngs(heads.NOISE), (NUM_CODES,)
+    return NOISE(window[..., None], rngs, position, factor_sizes=sizes)[..., 0]
+
+
 @functools.cache
-def codes_only(drafts, step=None):
+def codes_only(drafts, step=None, renoise=None):
     """The compiled loop, or the one in strides."""
-    loop = base(drafts)
+    loop = base(drafts, renoise)
     return compiled(loop if step is None else stride.StrideSampler(loop, step))
 
 
-def test_feeding_drafts_back_is_algorithm_one(params):
-    sampled = codes_only("feed")(params, RNG, LABEL, IDENTITY, 0)
+@pytest.mark.parametrize("renoise", [None, NOISE], ids=["plain", "renoised"])
+def test_feeding_drafts_back_is_algorithm_one(params, renoise):
+    sampled = codes_only("feed", renoise=renoise)(params, RNG, LABEL, IDENTITY, 0)
     windows = np.full((len(LABEL), LENGTH, WINDOW), -1)
     for position in range(LENGTH):
         window = np.asarray(drawn_window(params, jnp.asarray(windows), position))
         np.testing.assert_array_equal(sampled.drafts[:, position], window)
         inside = min(WINDOW, LENGTH - position)
-        windows[:, position, :inside] = window[:, :inside]
+        fed = window if renoise is None else noised(window, position)
+        windows[:, position, :inside] = fed[:, :inside]
     np.testing.assert_array_equal(sampled.tokens.codes, windows[..., 0])
 
 
-@pytest.mark.parametrize(("step", "drafts"), [(1, "feed"), (2, "feed"), (4, "off")])
-def test_a_stride_emits_the_head_of_each_window(params, step, drafts):
-    codes = codes_only(drafts, step)(params, RNG, LABEL, IDENTITY, 0).tokens.codes
+@pytest.mark.parametrize(
+    ("step", "drafts", "renoise"),
+    [(1, "feed", None), (2, "feed", NOISE), (4, "off", None)],
+)
+def test_a_stride_emits_the_head_of_each_window(params, step, drafts, renoise):
+    codes = codes_only(drafts, step, renoise)(params, RNG, LABEL, IDENTITY, 0).tokens.codes
     assert codes.shape == (len(LABEL), LENGTH)
     windows = np.full((len(LABEL), LENGTH + WINDOW, WINDOW), -1)
     for position in range(0, LENGTH, step):
@@ -335,6 +351,10 @@ def test_a_stride_emits_the_head_of_each_window(params, step, drafts):
             last = position + step - 1
             beyond = window[:, step : max(step, LENGTH - position)]
             windows[:, last, 1 : 1 + beyond.shape[1]] = beyond
+            if renoise is not None:
+                shown = windows[:, last] >= 0
+                fed = noised(jnp.maximum(windows[:, last], 0), last)
+                windows[:, last] = np.where(shown, fed, -1)
     np.testing.assert_array_equal(codes, windows[:, :LENGTH, 0])
 
 

@@ -242,6 +242,54 @@ def test_codebook_noise_has_the_law_of_the_naive_argmax():
             assert np.all(np.abs(share - law) <= 5 * np.sqrt(law * (1 - law) / len(seen)) + 1e-9)
 
 
+@functools.cache
+def renoised(kind, nested):
+    """Noise on the windows at positions 1 and 2 of 3000 rows, and these windows."""
+    noise = windows.Noise(kind, LEVELS, nested)
+
+    @jax.jit
+    def put(window, rngs, position):
+        return noise(window, rngs, position, factor_sizes=(NUM_CODES,), codebook=CODEBOOK)
+
+    rngs = jax.random.split(jax.random.key(8), len(MANY))
+    clean = jnp.asarray(CLEAN)[..., None]
+    pair = [np.asarray(put(clean[:, at], rngs, at))[..., 0] for at in (1, 2)]
+    half = put(jnp.flip(clean[:, 1], 0), jnp.flip(rngs), 1)[::-1, :, 0]  # in other company
+    np.testing.assert_array_equal(half, pair[0])
+    return pair
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["categorical", "codebook"])
+def test_drafts_in_sampling_have_the_noise_of_training(kind, nested):
+    train = np.asarray(
+        (categorical if kind == "categorical" else codebook)(jax.random.key(2), nested)
+    )
+    for at, noised in enumerate(renoised(kind, nested), start=1):
+        np.testing.assert_array_equal(noised[:, 0], CLEAN[:, at, 0])
+        for entry in (1, 2):
+            flips, expected = (x[:, entry] != CLEAN[:, at, entry] for x in (noised, train[:, at]))
+            rate = expected.mean()
+            if kind == "categorical":
+                rate = LEVELS[entry] * (1 - 1 / NUM_CODES)
+            deviation = np.sqrt(rate * (1 - rate) / len(MANY))
+            assert abs(flips.mean() - rate) < 6 * deviation  # of a difference of two, if measured
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_windows_of_sampling_share_nested_noise(nested):
+    earlier, later = renoised("categorical", nested)
+    flipped = later[:, 1] != CLEAN[:, 2, 1]  # entry 2 of the window before is about the same token
+    disagree = (later[:, 1] != earlier[:, 2])[flipped].mean()
+    assert disagree == 0.0 if nested else disagree > 0.5
+
+
+def test_noise_that_is_no_function_of_codes_is_refused():
+    for kind in ("self", "none"):
+        with pytest.raises(ValueError, match=f"noise '{kind}' cannot be put on drafts"):
+            windows.Noise(kind, LEVELS)
+
+
 def test_codebook_noise_at_level_zero_is_the_identity():
     noised = codebook(jax.random.key(0), levels=np.zeros(3, np.float32))
     np.testing.assert_array_equal(noised, CLEAN)
