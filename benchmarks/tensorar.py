@@ -229,12 +229,16 @@ def measured(
         provenance = evaluating.provenance(model, config, seed=seed)
         scores.append(judge.scores(drawer.decode(sampled.tokens), provenance))
         if sampled.drafts is not None:
-            flips = windows_lib.flips(np.asarray(sampled.drafts), judge.label)
-            found.setdefault("flips", []).append(flips)
+            entries = windows_lib.entries(
+                np.asarray(sampled.drafts), judge.label, num_codes=build.num_codes(config)
+            )
+            found.setdefault("flips", []).append([one.flips for one in entries])
+            found.setdefault("flips_by_chance", []).append([one.chance for one in entries])
         if sampled.emitted is not None:
             emitted = np.asarray(sampled.emitted)
             found.setdefault("tokens_per_call", []).append(windows_lib.tokens_per_call(emitted))
-            found.setdefault("acceptance", []).append(windows_lib.acceptance(emitted))
+            accepted = windows_lib.acceptance(emitted).tolist()
+            found.setdefault("acceptance", []).append(accepted)
     return {
         "scores": {metric: [one[metric] for one in scores] for metric in METRICS},
         "milliseconds_per_image": 1e3 * min(seconds) / len(judge.label),
