@@ -6,6 +6,7 @@ Recipe:    autoregressive/train/train_c2i.py of FoundationVision/LlamaGen: 300 e
            and branches, labels dropped 0.1. Departure: one centre crop and its mirror image in
            place of ten crops; the average of weights is kept, and is 0.9999
 Sampling:  guidance 2, temperature 1, no cuts
+Variants:  tensorar_v1 (FID 4.75, paper), tensorar_iclr, drafter (ours): see tensorar.py
 Command:   arcond train --config llamagen_b_256 --workdir runs/llamagen_b_256
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/vq16
 Hardware:  not yet run
@@ -13,12 +14,12 @@ Score:     not yet run; official weights in the official code: FID 5.46
 """
 
 from arcond_jax import build
-from arcond_jax.configs import imagenet
+from arcond_jax.configs import imagenet, tensorar
 from arcond_jax.models import gpt
 
 
-def get_config() -> build.Config:
-    return sized("llamagen_b_256", "B", guidance_scale=2.0)
+def get_config(variant: str = "") -> build.Config:
+    return tensorar.of(sized("llamagen_b_256", "B", guidance_scale=2.0), variant)
 
 
 def sized(name: str, size: str, *, guidance_scale: float, image_size: int = 256) -> build.Config:

@@ -6,6 +6,7 @@ Recipe:    autoregressive/train/train_c2i.py of FoundationVision/LlamaGen: 300 e
            and branches, labels dropped 0.1. Departure: one centre crop and its mirror image in
            place of ten crops; the average of weights is kept, and is 0.9999
 Sampling:  guidance 2, temperature 1, no cuts
+Variants:  tensorar_v1 (FID 3.41, paper), tensorar_iclr, drafter (ours): see tensorar.py
 Command:   arcond train --config llamagen_l_256 --workdir runs/llamagen_l_256
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/vq16
 Hardware:  not yet run
@@ -13,8 +14,8 @@ Score:     not yet run; official weights in the official code: FID 3.80
 """
 
 from arcond_jax import build
-from arcond_jax.configs import llamagen_b_256
+from arcond_jax.configs import llamagen_b_256, tensorar
 
 
-def get_config() -> build.Config:
-    return llamagen_b_256.sized("llamagen_l_256", "L", guidance_scale=2.0)
+def get_config(variant: str = "") -> build.Config:
+    return tensorar.of(llamagen_b_256.sized("llamagen_l_256", "L", guidance_scale=2.0), variant)

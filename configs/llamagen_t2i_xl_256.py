@@ -8,6 +8,7 @@ Recipe:    stage 1 (scripts/autoregressive/train_t2i_stage1.sh and train_t2i.py 
            Departure: one caption for each class folder (`data.captions`), not one for each image
 Sampling:  guidance 7.5, temperature 1, the 1,000 likeliest codes
            (autoregressive/sample/sample_t2i.py)
+Variants:  tensorar_v1 (ours), tensorar_iclr, drafter (ours): see tensorar.py
 Command:   arcond convert --family vq --source vq_ds16_t2i.pt --out weights/vq16_t2i
            arcond convert --family llamagen_t2i --source t2i_XL_stage1_256.pt
              --tokenizer weights/vq16_t2i --out weights/t2i
@@ -21,12 +22,12 @@ Score:     not yet run
 """
 
 from arcond_jax import build
-from arcond_jax.configs import imagenet
+from arcond_jax.configs import imagenet, tensorar
 from arcond_jax.models import gpt
 
 
-def get_config() -> build.Config:
-    return sized("llamagen_t2i_xl_256", "XL")
+def get_config(variant: str = "") -> build.Config:
+    return tensorar.of(sized("llamagen_t2i_xl_256", "XL"), variant)
 
 
 def sized(name: str, size: str, *, image_size: int = 256) -> build.Config:

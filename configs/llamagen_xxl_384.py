@@ -6,6 +6,7 @@ Recipe:    autoregressive/train/train_c2i.py of FoundationVision/LlamaGen: 300 e
            and branches, labels dropped 0.1. Departure: one centre crop and its mirror image in
            place of ten crops; the average of weights is kept, and is 0.9999
 Sampling:  guidance 1.75, temperature 1, no cuts
+Variants:  tensorar_v1 (FID 2.03, paper), tensorar_iclr, drafter (ours): see tensorar.py
 Command:   arcond train --config llamagen_xxl_384 --workdir runs/llamagen_xxl_384
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/vq16
 Hardware:  not yet run
@@ -13,8 +14,11 @@ Score:     not yet run; official weights in the official code: FID 2.34, resized
 """
 
 from arcond_jax import build
-from arcond_jax.configs import llamagen_b_256
+from arcond_jax.configs import llamagen_b_256, tensorar
 
 
-def get_config() -> build.Config:
-    return llamagen_b_256.sized("llamagen_xxl_384", "XXL", guidance_scale=1.75, image_size=384)
+def get_config(variant: str = "") -> build.Config:
+    return tensorar.of(
+        llamagen_b_256.sized("llamagen_xxl_384", "XXL", guidance_scale=1.75, image_size=384),
+        variant,
+    )

@@ -6,6 +6,7 @@ Recipe:    configs/Open-MAGVIT2/gpu/imagenet_conditional_llama_B.yaml of Tencent
            line to a tenth, weight decay 0.05, clipping at 1, dropout 0.1 of tokens and branches.
            Departures: constant weight decay (there it falls to 0), an average of weights (0.9999)
 Sampling:  guidance 1.9 for the first factor and 2 for the second, temperatures 1 and 1
+Variants:  tensorar_v1 (FID 2.91, paper), tensorar_iclr, drafter (ours): see tensorar.py
 Command:   arcond train --config magvit2_b --workdir runs/magvit2_b
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/lfq256
 Hardware:  not yet run
@@ -13,20 +14,23 @@ Score:     not yet run; official weights in the official code: FID 3.08
 """
 
 from arcond_jax import build
-from arcond_jax.configs import imagenet
+from arcond_jax.configs import imagenet, tensorar
 from arcond_jax.models import magvit2
 
 STEPS_PER_EPOCH = imagenet.NUM_IMAGES // 768
 
 
-def get_config() -> build.Config:
-    return sized(
-        "magvit2_b",
-        "B",
-        guidance_scales=(1.9, 2.0),
-        temperatures=(1.0, 1.0),
-        num_epochs=300,
-        learning_rate=0.0003,
+def get_config(variant: str = "") -> build.Config:
+    return tensorar.of(
+        sized(
+            "magvit2_b",
+            "B",
+            guidance_scales=(1.9, 2.0),
+            temperatures=(1.0, 1.0),
+            num_epochs=300,
+            learning_rate=0.0003,
+        ),
+        variant,
     )
 
 

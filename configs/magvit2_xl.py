@@ -6,6 +6,7 @@ Recipe:    configs/Open-MAGVIT2/gpu/imagenet_conditional_llama_XL.yaml of Tencen
            line to a tenth, weight decay 0.05, clipping at 1, dropout 0.1 of tokens and branches.
            Departures: constant weight decay (there it falls to 0), an average of weights (0.9999)
 Sampling:  guidance 1.75 for the first factor and 1.85 for the second, temperatures 1.1 and 1
+Variants:  tensorar_v1, tensorar_iclr, drafter (ours): see tensorar.py
 Command:   arcond train --config magvit2_xl --workdir runs/magvit2_xl
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/lfq256
 Hardware:  not yet run
@@ -13,15 +14,18 @@ Score:     not yet run; official weights in the official code: FID 2.33
 """
 
 from arcond_jax import build
-from arcond_jax.configs import magvit2_b
+from arcond_jax.configs import magvit2_b, tensorar
 
 
-def get_config() -> build.Config:
-    return magvit2_b.sized(
-        "magvit2_xl",
-        "XL",
-        guidance_scales=(1.75, 1.85),
-        temperatures=(1.1, 1.0),
-        num_epochs=350,
-        learning_rate=0.00024,
+def get_config(variant: str = "") -> build.Config:
+    return tensorar.of(
+        magvit2_b.sized(
+            "magvit2_xl",
+            "XL",
+            guidance_scales=(1.75, 1.85),
+            temperatures=(1.1, 1.0),
+            num_epochs=350,
+            learning_rate=0.00024,
+        ),
+        variant,
     )

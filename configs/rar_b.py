@@ -6,6 +6,7 @@ Recipe:    configs/training/generator/rar.yaml of bytedance/1d-tokenizer: 400 ep
            weight decay 0.03, clipping at 1, dropout 0.1, no average; all orders random until epoch
            200, none from epoch 300 on
 Sampling:  guidance to 16 along a cosine of power 2.75, temperature 1, no cuts
+Variants:  tensorar_v1 (FID 1.92, paper), tensorar_iclr (ours), drafter (ours): see tensorar.py
 Command:   arcond train --config rar_b --workdir runs/rar_b
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/maskgit_vq
 Hardware:  not yet run
@@ -13,12 +14,14 @@ Score:     not yet run; official weights in the official code: FID 1.95
 """
 
 from arcond_jax import build
-from arcond_jax.configs import imagenet
+from arcond_jax.configs import imagenet, tensorar
 from arcond_jax.models import rar
 
 
-def get_config() -> build.Config:
-    return sized("rar_b", "B", guidance_scale=16.0, guidance_power=2.75, temperature=1.0)
+def get_config(variant: str = "") -> build.Config:
+    return tensorar.of(
+        sized("rar_b", "B", guidance_scale=16.0, guidance_power=2.75, temperature=1.0), variant
+    )
 
 
 def sized(

@@ -6,6 +6,7 @@ Recipe:    configs/training/generator/rar.yaml of bytedance/1d-tokenizer: 400 ep
            weight decay 0.03, clipping at 1, dropout 0.1, no average; all orders random until epoch
            200, none from epoch 300 on
 Sampling:  guidance to 15.5 along a cosine of power 2.5, temperature 1.02, no cuts
+Variants:  tensorar_v1 (FID 1.66, paper), tensorar_iclr (ours), drafter (ours): see tensorar.py
 Command:   arcond train --config rar_l --workdir runs/rar_l
              --config.data.directory=IMAGENET --config.tokenizer.path=weights/maskgit_vq
 Hardware:  not yet run
@@ -13,8 +14,11 @@ Score:     not yet run; official weights in the official code: FID 1.70
 """
 
 from arcond_jax import build
-from arcond_jax.configs import rar_b
+from arcond_jax.configs import rar_b, tensorar
 
 
-def get_config() -> build.Config:
-    return rar_b.sized("rar_l", "L", guidance_scale=15.5, guidance_power=2.5, temperature=1.02)
+def get_config(variant: str = "") -> build.Config:
+    return tensorar.of(
+        rar_b.sized("rar_l", "L", guidance_scale=15.5, guidance_power=2.5, temperature=1.02),
+        variant,
+    )

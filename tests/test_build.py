@@ -228,6 +228,12 @@ WRONG_OVERRIDES = {
     "sampling.code_temperature=0": r"code_temperature 0\.0 must be above 0",
     "sampling.guidance_power=2": r"guidance_power 2\.0 and guidance_schedule 'constant': power_co",
     "sampling.guidance_schedule=power_cosine": r"guidance_power None and guidance_schedule 'power",
+    "tensorar.drafter=True": r"drafter guesses codes alone, and model joint draws latents too",
+    "tensorar.draft_weights=(1,1)": r"draft_weights \(1\.0, 1\.0\) must be 3, one for each entry",
+    "tensorar.draft_weights=(1,0,1)": r"draft_weights \(1, 0, 1\) must hold numbers above 0",
+    "tensorar.draft_weights=()": r"draft_weights \(\) must hold numbers above 0",
+    "tensorar.draft_weights=3": r"config key tensorar\.draft_weights wants tuple or None, not '3'",
+    "tensorar.base_rate=2": r"tensorar\.base_rate 2\.0 must be at least 0 and at most 1",
     "sampling.drafts=on": r"drafts 'on' is not one of off, draw, feed",
     "sampling.renoise=True": r"renoise True does nothing while sampling\.drafts is not feed",
     "transport.epsilon=0": r"transport\.epsilon 0\.0 must be above 0",
@@ -357,6 +363,13 @@ def test_own_images_takes_classes_from_the_folder(tmp_path):
             "sampling.relaxed_acceptance 0.5 must be at least 1",
         ),
         ("imagenet", "seed=0", "no config file imagenet"),
+        ("digits:tensorar", "tensorar.drafter=True", "loss.w_tensor 0.3 does nothing while tensor"),
+        ("llamagen_b_256:drafter", "tensorar.window=1", "tensorar.window 1 leaves tensorar.draft"),
+        ("llamagen_b_256:drafter", "tensorar.base_rate=0.5", "0.5 does nothing while tensorar.dra"),
+        ("llamagen_b_256:drafter", "tensorar.noise=self", "'self' does nothing while tensorar.dra"),
+        ("llamagen_b_256:drafter", "sampling.drafts=feed", "does nothing while tensorar.drafter"),
+        ("llamagen_b_256:drafter", "sampling.stride=2", "stride 2 does nothing while tensorar.dra"),
+        ("magvit2_b:tensorar_v1", "tensorar.noise=codebook", "tokenizer lfq are signs, and a mix"),
     ],
 )
 def test_settings_that_fit_nothing(name, override, message):
@@ -426,14 +439,50 @@ def test_a_variant_has_only_the_parts_it_trains(variant):
     assert ("window_decoder" in params) == (variant in ("joint", "tensorar"))
 
 
-def test_parameter_counts_of_windows():
-    """Both published versions around LlamaGen-B: 139.2 and 115.6 million."""
-    config = build.load_config("llamagen_b_256")
-    for depth, mlp_ratio, count in ((2, 4, 139.2e6), (1, 0, 115.6e6)):
-        values = saved.dump(config) | {"tensorar": dict(depth=depth, mlp_ratio=mlp_ratio)}
-        windowed = saved.load(values)
-        params = nn.unbox(build.abstract_params(windowed))
-        assert abs(sum(x.size for x in jax.tree.leaves(params)) - count) < 0.1e6
+# Millions of parameters, printed in arXiv v1 without the rest, in ICLR 2026 to the next one.
+OF_V1 = {
+    "llamagen_b_256": 139,
+    "llamagen_l_384": 393,
+    "llamagen_xl_384": 853,
+    "rar_b": 289,
+    "magvit2_b": 393,
+}
+OF_ICLR = {"b_256": 116, "l_384": 352, "xl_384": 789, "xxl_384": 1432}
+
+
+def count_of(config):
+    return sum(x.size for x in jax.tree.leaves(nn.unbox(build.abstract_params(config))))
+
+
+@pytest.mark.parametrize("name", OF_V1)
+def test_windows_of_the_first_version_have_their_published_size(name):
+    assert count_of(build.load_config(f"{name}:tensorar_v1")) // 10**6 == OF_V1[name]
+
+
+@pytest.mark.parametrize("name", OF_ICLR)
+def test_windows_of_the_second_version_lack_one_matrix_of_their_published_size(name):
+    config = build.load_config(f"llamagen_{name}:tensorar_iclr")
+    assert round((count_of(config) + config.model.width**2) / 1e6) == OF_ICLR[name]
+
+
+@pytest.mark.parametrize("name", OF_CODES)
+def test_variants_of_models_of_codes_tune_these(name):
+    plain = config_lib.flat(build.load_config(name))
+    for variant in ("tensorar_v1", "tensorar_iclr", "drafter"):
+        config = build.load_config(f"{name}:{variant}")
+        assert config.name == f"{name}_{variant}"
+        now, free = config_lib.flat(config), ("training.", "tensorar.", "loss.", "name")
+        changed = {x for x in now if now[x] != plain.get(x) and not x.startswith(free)}
+        of_model = {"model.dropout", "model.token_dropout", "model.attention_dropout"}
+        drafts = set() if variant == "drafter" else {"sampling.drafts"}
+        added = {"sampling.drafts", "sampling.stride"} - plain.keys()
+        assert drafts <= changed <= {"data.batch_size"} | of_model | added
+        assert (config.training.num_train_steps, config.data.batch_size) == (100_080, 256)
+        signs = "magvit2" in name
+        v1 = variant == "tensorar_v1"
+        assert config.tensorar.noise == ("codebook" if v1 and not signs else "categorical")
+    with pytest.raises(build.ConfigError, match="has no variant 'v2': choose of tensorar_v1, tens"):
+        build.load_config(f"{name}:v2")
 
 
 def test_bank_and_tokenizer_have_the_shapes_of_the_config():
@@ -454,6 +503,23 @@ def test_the_noise_of_a_codebook_needs_the_fitted_tokenizer():
     codebook = build.generator(config, fitted).drafts.codebook
     assert codebook.shape == (8, 4)
     np.testing.assert_allclose(codebook.mean(axis=0), 0.0, atol=1e-6)
+
+
+def test_the_table_of_a_quantiser_is_the_codebook_of_the_noise():
+    sizes = ("tokenizer.num_codes=16", "tokenizer.code_width=4", "tokenizer.width=32")
+    for name in ("llamagen_b_256", "rar_b"):
+        config = build.load_config(f"{name}:tensorar_v1", sizes)
+        table = jax.numpy.arange(64.0).reshape(16, 4)
+        fitted = build.abstract_tokenizer(config).replace(params={"codebook": {"table": table}})
+        codebook = build.generator(config, fitted).drafts.codebook
+        np.testing.assert_array_equal(codebook, table)
+
+
+def test_weights_of_drafts_survive_json():
+    config = tiny.config("tensorar", "tensorar.window=3", "tensorar.draft_weights=(1,0.5)")
+    again = saved.load(json.loads(json.dumps(saved.dump(config))))
+    assert again.tensorar.draft_weights == (1.0, 0.5)
+    assert build.generator(again).losses[0].draft_weights == (1.0, 0.5)
 
 
 def test_sampling_loops():

@@ -54,7 +54,7 @@ class Key:
             raise ValueError(f"{name} {value} must be {self._range()}")
         return value
 
-    def _entries(self, name: str, values: tuple) -> tuple:
+    def _entries(self, name: str, values: Any) -> tuple:
         if self.entries is int:
             right = all(type(x) is int and x >= 1 for x in values)
             words = "whole numbers of at least 1"

@@ -43,7 +43,9 @@ class QueryBlock(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n rows d"]) -> Float[Array, "n kept d"]:
+    def __call__(
+        self, x: Float[Array, "n rows d"], mask: Bool[Array, "rows rows"] | None = None
+    ) -> Float[Array, "n kept d"]:
         d = x.shape[-1]
         kept = slice(*self.rows)
         head_dim = d // self.num_heads
@@ -57,7 +59,7 @@ class QueryBlock(nn.Module):
         y = norm.RMSNorm(name="attention_norm")(x)
         keys, values = project(y, 2, "key_value")
         (queries,) = project(y[:, kept], 1, "query")
-        y = attention.attend(queries, keys, values)
+        y = attention.attend(queries, keys, values, None if mask is None else mask[kept])
         y = y.reshape(*y.shape[:2], d)
         out = linear.Linear((d,), ("heads", "embed"), dtype=self.dtype, name="out")
         x = x[:, kept] + out(y)
@@ -77,10 +79,13 @@ class QueryTransformer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n rows d"]) -> Float[Array, "n kept d"]:
+    def __call__(
+        self, x: Float[Array, "n rows d"], mask: Bool[Array, "rows rows"] | None = None
+    ) -> Float[Array, "n kept d"]:
         for i in range(self.depth):
             rows = self.rows if i == self.depth - 1 else (0, x.shape[1])
-            x = QueryBlock(self.num_heads, self.mlp_ratio, rows, self.dtype, name=f"block_{i}")(x)
+            block = QueryBlock(self.num_heads, self.mlp_ratio, rows, self.dtype, name=f"block_{i}")
+            x = block(x, mask)
         return x
 
 
@@ -148,11 +153,12 @@ class OutputDecoder(nn.Module):
         """Rows of the first entries; their values do not depend on how many they are.
 
         Args:
-          about: Vectors that tell entries where they lie; with fewer entries, the first of them.
+          about: Vectors that tell these entries where they lie. Then an entry sees those before it
+            and no later ones, of which nobody may have said where they lie.
         """
         *n, d = cond.shape
         flat = cond.reshape(-1, d)
-        rows = unfolded(self, flat[:, None], (1, 1 + num_entries), about)
+        rows = unfolded(self, flat[:, None], (1, 1 + num_entries), about, in_order=True)
         rows = norm.RMSNorm(use_scale=False)(rows)
         if not self.unit:
             rows = rows * size(flat)[:, None]
@@ -198,8 +204,14 @@ def unfolded(
     told: Float[Array, "n told d"],
     rows: tuple[int, int],
     about: Float[Array, "*n entries d"] | None,
+    *,
+    in_order: bool = False,
 ) -> Float[Array, "n kept d"]:
-    """Learned queries, as many as rows are missing behind what is told, through the transformer."""
+    """Learned queries, as many as rows are missing behind what is told, through the transformer.
+
+    Args:
+      in_order: Whether queries that are told where they lie see none after themselves.
+    """
     n, num_told, d = told.shape
     count = decoder.window + 1 - num_told
     queries = parameter.parameter(
@@ -208,11 +220,13 @@ def unfolded(
     queries = jnp.broadcast_to(queries, (n, count, d))
     if about is not None:
         about = about.reshape(-1, *about.shape[-2:]).astype(told.dtype)
-        missing = count - about.shape[1]
-        queries = queries + jnp.pad(about, ((0, 0), (0, missing), (0, 0)))
+        queries = queries[:, : about.shape[1]] + about
+    x, mask = jnp.concatenate([told, queries], axis=1), None
+    if about is not None and in_order:
+        mask = jnp.tri(x.shape[1], dtype=bool)
     return QueryTransformer(
         decoder.depth, decoder.num_heads, decoder.mlp_ratio, rows, decoder.dtype, name="transformer"
-    )(jnp.concatenate([told, queries], axis=1))
+    )(x, mask)
 
 
 def size(x: Float[Array, "n d"]) -> Float[Array, "n 1"]:

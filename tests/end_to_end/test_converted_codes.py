@@ -1,16 +1,20 @@
 """Models of codes from file to images: converted with their tokenizer, sampled, and refused."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from test_cli import assert_one_line
 from test_converted import call, convert
 
-from arcond_jax import build
+from arcond_jax import build, types
 from arcond_jax.convert import files
 from arcond_jax.evaluation import samples
-from arcond_jax.run import converting
+from arcond_jax.models import causal, windows
+from arcond_jax.run import converting, initial, restoring
 
 # The real configs, their sizes cut down; 8x8 pixels make 4x4 tokens.
 BACKBONE = ("model.depth=1", "model.width=16", "model.num_heads=2", "model.remat=none")
@@ -117,6 +121,41 @@ def test_export_gives_the_official_file_back(family, converted, official, tmp_pa
     assert back.keys() == theirs.keys()
     for name, array in theirs.items():
         np.testing.assert_array_equal(back[name], array)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llamagen", *(pytest.param(x, marks=pytest.mark.slow) for x in ("rar", "magvit2"))],
+)
+def test_windows_start_as_the_converted_model(family, converted, caplog):
+    """Logits of entry 0, whatever drafts show, are those of the official weights to the bit."""
+    name, _, _ = FAMILIES[family]
+    plain = build.load_config(name, overrides_of(family))
+    config = build.load_config(f"{name}:tensorar_v1", overrides_of(family))
+    mesh = build.mesh(config)
+    fresh = build.train_state(config, mesh).params
+    with caplog.at_level("INFO"):
+        params, _ = initial.start(initial.Initial(converted / family), config, fresh, mesh, None)
+    assert "new: window_decoder, window_encoder" in caplog.text
+    held = restoring.restore(converted / family).params
+    label, at = jnp.arange(3), jnp.arange(16)
+    codes = jax.random.randint(jax.random.key(0), (3, 16), 0, 64)
+
+    def logits(config, params):
+        generator = build.generator(config)
+        factors, _ = generator.own(types.Tokens(codes=codes))
+        window = generator.network.window
+        fed = windows.of(factors, window)[:, :-1]
+        token = types.Token(codes=fed, seen=jnp.ones(fed.shape[:-1], bool))
+        apply = functools.partial(generator.apply, params)
+        cond = apply(token, label, at, method=causal.teacher_forced)
+        rows = apply(cond, windows.ahead(at, window), method="rows")
+        return apply(rows[:, :, 0], factors, method="all_factor_logits")
+
+    ours, theirs = (
+        jax.jit(functools.partial(logits, x))(y) for x, y in ((config, params), (plain, held))
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_tokenizers_that_are_not_the_model_s(official, converted, tmp_path, capsys):

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 from test_cli import assert_one_line
 from test_converted import call, convert
@@ -12,6 +13,7 @@ from test_converted_codes import FAMILIES, overrides_of, write_official
 from arcond_jax import build
 from arcond_jax.evaluation import samples
 from arcond_jax.run import initial, restoring
+from arcond_jax.training import writer
 
 NAMES = ("daisy", "rose", "tulip")
 
@@ -103,6 +105,74 @@ def test_weights_of_another_model_or_size(llamagen, tmp_path, capsys):
     other = ["train", "--config", "digits:ar", "--workdir", tmp_path / "run"]
     other += ["--init", llamagen / "llamagen_weights", *new]
     assert_one_line(other, capsys, tmp_path, "has model llamagen, the config ar")
+
+
+def test_a_drafter_leaves_official_weights_as_they_are(llamagen, tmp_path, capsys):
+    more = ["--init_classes", "new", "--config.model.num_heads=2"]
+    workdir = tmp_path / "run"
+    command = [
+        x.replace("b_256", "b_256:drafter") if x == "llamagen_b_256" else x
+        for x in map(str, tune(llamagen, workdir, *more))
+    ]
+    alone = command[: command.index("--init")]
+    assert_one_line(alone, capsys, tmp_path, "learns to guess what a trained model draws: give --")
+    call(command)
+    held = restoring.restore(llamagen / "llamagen_weights").params
+    tuned = restoring.restore(workdir).params
+    for name in ("trunk", "code_embed", "final_norm", "code_head"):
+        jax.tree.map(np.testing.assert_array_equal, tuned[name], held[name])
+    call(alone)  # a run that is there goes on
+    rows = writer.read_rows(workdir / "metrics.jsonl")
+    assert all(0 < row["windows/acceptance_3"] <= 1 for row in rows)
+    assert "windows/noised" not in rows[-1]
+    # A plain model does not start from one with guesses.
+    back = tune(llamagen, tmp_path / "other")
+    back[back.index("--init") + 1] = workdir
+    assert_one_line(back, capsys, tmp_path, "has a window_decoder, the config none: take the sec")
+
+
+@pytest.mark.slow
+def test_windows_are_tuned_around_official_weights(llamagen, tmp_path, caplog):
+    workdir = tmp_path / "run"
+    command = [str(x) for x in tune(llamagen, workdir, "--init_classes", "new")]
+    command = [x.replace("llamagen_b_256", "llamagen_b_256:tensorar_v1") for x in command]
+    call([*command, "--config.tensorar.noise_schedule=exponential"])
+    held = restoring.restore(llamagen / "llamagen_weights").params
+    start, end = (restoring.restore(workdir, step=x).params for x in (0, 2))
+    jax.tree.map(np.testing.assert_array_equal, start["trunk"], held["trunk"])
+    assert not np.any(start["window_encoder"]["gain"]) and np.any(end["window_encoder"]["gain"])
+    row = writer.read_rows(workdir / "metrics.jsonl")[-1]
+    np.testing.assert_allclose(
+        row["windows/leak"], row["windows/masked"] - row["windows/noised"], atol=1e-5
+    )
+    said = [x.message for x in caplog.records if "teaches copying" in x.message]
+    assert len(said) == 1 and said[0].startswith("windows/unchanged_1 ")
+    sample = ["sample", "--checkpoint", workdir, "--num_images", 3, "--out", tmp_path / "x.npz"]
+    call(sample)
+    assert samples.read_samples(tmp_path / "x.npz").metadata["sampling"]["drafts"] == "feed"
+
+
+@pytest.mark.slow
+def test_windows_around_a_run_take_its_fitted_tokenizer_along(tmp_path):
+    for variant, more in (("base", []), ("tensorar", ["--init", tmp_path / "base"])):
+        flags = [f"--config.{x}" for x in tiny.overrides(variant)]
+        call(
+            [
+                "train",
+                "--config",
+                f"digits:{variant}",
+                "--workdir",
+                tmp_path / variant,
+                *flags,
+                *more,
+            ]
+        )
+    base, start = (
+        restoring.restore(tmp_path / "base"),
+        restoring.restore(tmp_path / "tensorar", step=0),
+    )
+    np.testing.assert_array_equal(base.tokenizer.codebook, start.tokenizer.codebook)
+    jax.tree.map(np.testing.assert_array_equal, start.params["trunk"], base.params["trunk"])
 
 
 def test_positions_are_interpolated_along_rows_and_columns():

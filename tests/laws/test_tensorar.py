@@ -446,13 +446,18 @@ def test_pruned_entries_have_the_values_of_the_whole_window(mlp_ratio):
         jax.eval_shape(functools.partial(decoder.init, num_entries=4), jax.random.key(1), cond)
     )["params"]
     params = tiny.random_params(shapes)
-    decode = jax.jit(
-        lambda num_entries: decoder.apply({"params": params}, cond, num_entries), static_argnums=0
-    )
-    whole = decode(4)
-    assert whole.shape == (5, 4, WIDTH)
-    np.testing.assert_allclose(decode(1), whole[:, :1], atol=1e-5)
-    np.testing.assert_allclose(decode(3), whole[:, :3], atol=1e-5)
+    where = jax.random.normal(jax.random.key(2), (5, 4, WIDTH))
+    for about in (None, where):
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def decode(num_entries, about=about):
+            told = None if about is None else about[:, :num_entries]
+            return decoder.apply({"params": params}, cond, num_entries, told)
+
+        whole = decode(4)
+        assert whole.shape == (5, 4, WIDTH)
+        np.testing.assert_allclose(decode(1), whole[:, :1], atol=1e-5)
+        np.testing.assert_allclose(decode(3), whole[:, :3], atol=1e-5)
 
 
 def count(module, *args, **options):
