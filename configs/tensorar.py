@@ -35,15 +35,16 @@ Score:     not yet run. FID in table 3 of v1, without and with windows, and para
            width are 0.1B, and Open-MAGVIT2-L grows by the 50M of the B model's width, where blocks
            of its own are 79M; RAR-L has 512M here. Table 4 has 4.77 for LlamaGen-B with the sine,
            and 4.75 with the exponential.
-           ICLR, LlamaGen: B 116M, L 352M, XL 789M, XXL 1432M parameters. That is one matrix of the
-           width's square more than here, whose place is not known: 116M, 351M, 788M, 1430M here
+           ICLR, LlamaGen: B 116M, L 352M, XL 789M, XXL 1432M parameters, as here: nine matrices of
+           the width's square, of which the blocks have eight; the ninth is put behind the encoder
 """
 
 from arcond_jax import build
 from arcond_jax.configs import imagenet
 
 V1 = dict(depth=2, mlp_ratio=4, noise="codebook", noise_schedule="sine")
-ICLR = dict(depth=1, mlp_ratio=0, noise="categorical", noise_schedule="exponential")
+ICLR = dict(depth=1, mlp_ratio=0, projection=True)
+ICLR |= dict(noise="categorical", noise_schedule="exponential")
 VARIANTS = ("tensorar_v1", "tensorar_iclr", "drafter")
 WINDOW, STEPS_PER_EPOCH = 4, imagenet.NUM_IMAGES // 256
 

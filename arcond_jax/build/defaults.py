@@ -49,7 +49,7 @@ OF_WINDOWS = (
     *("sampling.drafts", "sampling.speculative", "tensorar.residual", "tensorar.base_rate"),
 )
 OF_BASE = (
-    *("sampling.drafts", "tensorar.residual", "tensorar.base_rate"),
+    *("sampling.drafts", "tensorar.projection", "tensorar.residual", "tensorar.base_rate"),
     *("sampling.stride", "loss.w_tensor"),
     *("tensorar.drafts", "tensorar.noise", "tensorar.noise_schedule", "tensorar.nested"),
     "tensorar.draft_weight",
@@ -174,6 +174,11 @@ def silent(config: Config) -> dict[str, str]:
             ("sampling.relaxed_acceptance",),
         ),
         (get("tensorar.drafter"), "tensorar.drafter is True", OF_BASE),
+        (
+            get("tensorar.residual") is False,
+            "tensorar.residual is False",
+            ("tensorar.projection",),
+        ),
         (get("sampling.drafts") != "feed", "sampling.drafts is not feed", ("sampling.renoise",)),
         (
             get("sampling.solver", "ancestral") != "ancestral",

@@ -117,6 +117,7 @@ TENSORAR = {
     "nested": keys.flag(True),
     "draft_weight": keys.number(1.0, low=0.0),
     "draft_weights": keys.weights(),  # of each entry from 1 on; the same for all
+    "projection": keys.flag(False),  # of what the encoder adds, as in the ICLR version
     "residual": keys.flag(True),
     "base_rate": keys.number(1.0, low=0.0, high=1.0),  # of the learning rate; 0 freezes the base
     "drafter": keys.flag(False),  # guesses beside a frozen base, in the place of windows fed back
@@ -183,7 +184,8 @@ def windowed(config: Config, inner: Any) -> Any:
     )
     if section.drafter:
         return tensorar.Drafter(num_drafts=section.window - 1, **parts)
-    return tensorar.Windowed(window=section.window, residual=section.residual, **parts)
+    chosen = {name: section[name] for name in ("window", "projection", "residual")}
+    return tensorar.Windowed(**chosen, **parts)
 
 
 def has_windows(config: Config) -> bool:

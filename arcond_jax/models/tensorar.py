@@ -93,13 +93,14 @@ class InputEncoder(nn.Module):
     """Folds the embedded codes of a window into one vector, zero at initialisation.
 
     Attributes:
-      gained: Whether the vector is scaled by a gain that starts at zero.
+      out: What the vector comes out of: a "gain" for each channel or a matrix ("projection"), which
+        start at zero, or "norm", which does not.
     """
 
     depth: int
     num_heads: int
     mlp_ratio: int = 4
-    gained: bool = True
+    out: str = "gain"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -120,7 +121,17 @@ class InputEncoder(nn.Module):
             self.depth, self.num_heads, self.mlp_ratio, (0, 1), self.dtype, name="transformer"
         )(rows)
         folded = norm.RMSNorm(use_scale=False)(rows[:, 0])
-        return (gain(self, folded) if self.gained else folded).reshape(*n, d)
+        if self.out == "gain":
+            folded = gain(self, folded)
+        elif self.out == "projection":
+            folded = linear.Linear(
+                (d,),
+                ("embed", None),
+                kernel_init=parameter.zeros_init,
+                dtype=self.dtype,
+                name="projection",
+            )(folded)
+        return folded.reshape(*n, d)
 
 
 class OutputDecoder(nn.Module):
@@ -243,7 +254,7 @@ def frozen(params: types.Params) -> types.Params:
 def gain(module: nn.Module, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
     """Scales each channel by a learned gain that starts at zero.
 
-    A vector and not a matrix: the published parameter counts leave no room for d x d.
+    A vector and not a matrix: the parameter counts of v1 leave no room for d x d.
     """
     scale = parameter.parameter(module, "gain", parameter.zeros_init, (x.shape[-1],), ("embed",))
     return scale.astype(x.dtype) * x
@@ -356,6 +367,8 @@ class Windowed(Around, kw_only=True):
       depth: Query blocks on each side (2 in arXiv v1, 1 in the ICLR version).
       num_heads: Of the query blocks.
       mlp_ratio: Of the MLP in query blocks; 0 for attention only (ICLR version).
+      projection: Whether what the encoder adds comes out of a matrix: the counts printed in the
+        ICLR version are those of nine d x d, one more than in the blocks.
       residual: Whether both sides add to what the model inside has, starting with nothing;
         otherwise they stand in its place, which is for training from scratch.
     """
@@ -364,13 +377,15 @@ class Windowed(Around, kw_only=True):
     num_heads: int
     depth: int = 2
     mlp_ratio: int = 4
+    projection: bool = False
     residual: bool = True
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         nn.share_scope(self, self.inner)
         blocks = (self.depth, self.num_heads)
-        self.window_encoder = InputEncoder(*blocks, self.mlp_ratio, self.residual, self.dtype)
+        out = ("projection" if self.projection else "gain") if self.residual else "norm"
+        self.window_encoder = InputEncoder(*blocks, self.mlp_ratio, out, self.dtype)
         self.window_decoder = OutputDecoder(
             *blocks, self.window, self.mlp_ratio, self.inner.normalised, self.residual, self.dtype
         )
