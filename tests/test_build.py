@@ -417,7 +417,7 @@ def test_variants_of_models_of_codes_tune_these(name):
         changed = {x for x in now if now[x] != plain.get(x) and not x.startswith(free)}
         of_model = {"model.dropout", "model.token_dropout", "model.attention_dropout"}
         drafts = set() if variant == "drafter" else {"sampling.drafts"}
-        added = {"sampling.drafts", "sampling.stride"} - plain.keys()
+        added = {x for x in now if x.startswith("sampling.")} - plain.keys()
         assert drafts <= changed <= {"data.batch_size"} | of_model | added
         assert (config.training.num_train_steps, config.data.batch_size) == (100_080, 256)
         signs = "magvit2" in name
