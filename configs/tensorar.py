@@ -18,7 +18,7 @@ Recipe:    20 epochs at 256 images without an average, AdamW (0.9, 0.95), weight
            RAR visits raster order from the second step on, as the official weights do at the end
 Drafter:   the same, with the model inside frozen and without dropout
 Sampling:  as the model inside; drafts are fed back (Algorithm 1). A drafter draws what the model
-           draws, several codes a step with `--config.sampling.speculative=true`
+           draws, several codes a step with `--config.sampling.speculative=True`
 Command:   arcond train --config llamagen_b_256:tensorar_v1 --init weights/llamagen
              --workdir runs/tensorar --config.data.directory=IMAGENET
              --config.tokenizer.path=weights/vq16
