@@ -60,6 +60,8 @@ def _check_together(config: Config) -> None:
         _check_windows(config, rows * columns)
     if config.sampling.get("speculative"):
         _check_speculative(config)
+    if config.sampling.get("renoise"):
+        _check_renoised(config)
 
 
 def _check_windows(config: Config, length: int) -> None:
@@ -102,8 +104,6 @@ def _check_speculative(config: Config) -> None:
             "sampling.speculative does not go with transport.kind in_batch, which needs all rows "
             "at one position: use stored"
         )
-    if config.sampling.renoise:
-        _check_renoised(config)
 
 
 def _check_renoised(config: Config) -> None:
