@@ -308,7 +308,7 @@ def standard_error(values: np.ndarray) -> float:
 
 def main() -> None:
     """Trains, draws, scores; prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", choices=("digits", "cifar10"), required=True)
     parser.add_argument("--directory", help="of CIFAR-10, with train/<class>/ and val/<class>/")
     parser.add_argument("--workdir", type=pathlib.Path, required=True)

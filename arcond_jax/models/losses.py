@@ -8,21 +8,23 @@ windows.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from arcond_jax import types
 from arcond_jax.diffusion import gaussian
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.models import tensorar, windows
 
-Apply = Callable[
-    ..., Any
-]  # runs the method of the network that `method` names, with its parameters
+# Runs the method of the network that `method` names, with its parameters.
+Apply = Callable[..., Any]
+RowsOf = Callable[[Array, Array, Array], Array]
+POSITIONS = 32  # whose windows are unfolded at a time, or fewer where that does not divide
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -68,7 +70,14 @@ class CodeLoss:
         """Mean over positions; what of a window lies beyond the end is left out."""
         del latents, rng
         assert factors is not None
-        entries = cross_entropy(network, apply, cond, at, factors)
+        entries = cross_entropy(
+            apply,
+            lambda cond, codes, at: apply(cond, at, method="rows"),
+            cond,
+            at,
+            factors,
+            entries=range(network.window),
+        )
         first, drafts = jnp.sum(entries[0]), jnp.sum(entries[1:], axis=-1)
         metrics = {"cross_entropy": first}
         if entries.shape[1] > 1:
@@ -105,8 +114,14 @@ class DraftLoss:
         assert factors is not None and isinstance(network, tensorar.Drafter)
         window = network.num_drafts + 1
         cond = jax.lax.stop_gradient(cond)
-        rows = apply(cond, factors, windows.ahead(at, window), method="draft_rows")
-        drafts = cross_entropy_of_entries(apply, rows, factors, entries=range(1, window))
+        drafts = cross_entropy(
+            apply,
+            lambda cond, codes, at: apply(cond, codes, at, method="draft_rows"),
+            cond,
+            at,
+            factors,
+            entries=range(1, window),
+        )
         drafts = jnp.sum(drafts, axis=-1)
         loss = weighted(drafts, self.draft_weights)
         return loss, {f"cross_entropy/draft_{j}": x for j, x in enumerate(drafts, 1)}
@@ -183,36 +198,30 @@ def diffusion_losses(
 
 
 def cross_entropy(
-    network: types.CausalModel,
     apply: Apply,
+    rows_of: RowsOf,
     cond: Float[Array, "b l d"],
     at: Int[Array, "*b l"],
-    factors: Int[Array, "b l factors"],
-) -> Float[Array, "w factors"]:
-    """Mean cross-entropy of each entry of the window and each factor, in nats."""
-    rows = apply(cond, windows.ahead(at, network.window), method="rows")
-    return cross_entropy_of_entries(apply, rows, factors, entries=range(network.window))
-
-
-def cross_entropy_of_entries(
-    apply: Apply,
-    rows: Float[Array, "b l entries d"],
     factors: Int[Array, "b l factors"],
     *,
     entries: range,
 ) -> Float[Array, "entries factors"]:
     """Mean cross-entropy of the given entries of the window and each factor, in nats.
 
-    Entry after entry with rematerialisation: the logits of all entries are never held at once.
+    A few positions after another, and entry after entry there, with rematerialisation: neither the
+    rows of all windows nor the logits of all entries are ever held at once.
+
+    Args:
+      rows_of: Rows of these entries from conditions, their codes, and where windows lie.
     """
-    num_rows, length, _ = factors.shape
+    (num_rows, length, _), window = factors.shape, entries.stop
     chosen = slice(entries.start, entries.stop)
-    targets = windows.of(factors, entries.stop)[:, :, chosen]
-    counted = jnp.asarray(windows.inside(length, entries.stop)[:, chosen], jnp.float32)
+    targets = windows.of(factors, window)[:, :, chosen]
+    counted = jnp.asarray(windows.inside(length, window)[:, chosen], jnp.float32)
 
     @jax.checkpoint
     def of_entry(
-        row: Float[Array, "b l d"], target: Int[Array, "b l factors"], weight: Float[Array, " l"]
+        row: Float[Array, "b n d"], target: Int[Array, "b n factors"], weight: Float[Array, " n"]
     ) -> Float[Array, " factors"]:
         logits = apply(row, target, method="all_factor_logits")
         log_p = [jax.nn.log_softmax(x) for x in logits]
@@ -220,10 +229,26 @@ def cross_entropy_of_entries(
             jnp.take_along_axis(x, target[..., i, None], axis=-1)[..., 0]
             for i, x in enumerate(log_p)
         ]
-        return jnp.stack([-jnp.sum(x * weight) / (jnp.sum(weight) * num_rows) for x in picked])
+        return jnp.stack([-jnp.sum(x * weight) for x in picked])
 
-    def body(_, entry):
-        return None, of_entry(*entry)
+    def of_positions(cond, factors, where, targets, counted) -> Float[Array, "entries factors"]:
+        rows = rows_of(cond, factors, where)
+        scanned = (jnp.moveaxis(rows, 2, 0), jnp.moveaxis(targets, 2, 0), counted.T)
+        return jax.lax.scan(lambda _, entry: (None, of_entry(*entry)), None, scanned)[1]
 
-    scanned = (jnp.moveaxis(rows, 2, 0), jnp.moveaxis(targets, 2, 0), counted.T)
-    return jax.lax.scan(body, None, scanned)[1]
+    held = (cond, factors, windows.ahead(at, window), targets, counted)
+    count = math.gcd(length, POSITIONS) if window > 1 else length
+    if count == length:
+        total = of_positions(*held)
+    else:
+        axes = (1, 1, at.ndim - 1, 1, 0)  # of positions
+        pieces = [_pieces(x, axis, count) for x, axis in zip(held, axes, strict=True)]
+        checkpointed = jax.checkpoint(of_positions)
+        total = jnp.sum(jax.lax.map(lambda piece: checkpointed(*piece), pieces), axis=0)
+    return total / (jnp.sum(counted, axis=0)[:, None] * num_rows)
+
+
+def _pieces(x: Shaped[Array, "..."], axis: int, count: int) -> Shaped[Array, "pieces ..."]:
+    """Pieces of `count` along an axis."""
+    cut = x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
+    return jnp.moveaxis(cut, axis, 0)

@@ -20,8 +20,15 @@ def next_cross_entropy(
     factors: Int[Array, "b l factors"],
 ) -> Float[Array, ""]:
     """Cross-entropy of entry 0 in nats, over all factors."""
-    rows = apply(cond, at[..., None], method="rows")
-    return jnp.sum(losses.cross_entropy_of_entries(apply, rows, factors, entries=range(1)))
+    first = losses.cross_entropy(
+        apply,
+        lambda cond, codes, at: apply(cond, at, method="rows"),
+        cond,
+        at,
+        factors,
+        entries=range(1),
+    )
+    return jnp.sum(first)
 
 
 def unchanged(token: types.Token, factors: Int[Array, "b l factors"]) -> Float[Array, " w"]:
