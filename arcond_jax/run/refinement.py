@@ -90,10 +90,11 @@ def calibrate(trained: Trained, config: build.Config | None = None) -> types.Ref
     speculation, under which rows do not reach a slot together. The bank is filled first if there is
     none that fits the config.
     """
-    config = trained.config if config is None else config
-    if config.sampling.get("speculative"):
-        config = build.changed(config, WITHOUT_SPECULATION)
-    trained, kind = dataclasses.replace(trained, config=config), transport_lib.kind_of(config)
+    trained = dataclasses.replace(trained, config=config or trained.config)
+    if trained.config.sampling.get("speculative"):
+        without = build.changed(trained.config, WITHOUT_SPECULATION)
+        trained = dataclasses.replace(trained, config=without)
+    config, kind = trained.config, transport_lib.kind_of(trained.config)
     bank = None if kind.bank is None else _fitting_bank(trained)
     if kind.unfitted is not None:
         return kind.unfitted(bank, transport_lib.options(config))

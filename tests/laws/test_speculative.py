@@ -20,6 +20,7 @@ from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.parallel import processes
 from arcond_jax.sampling import guidance as guidance_lib
 from arcond_jax.sampling import heads, raster, speculative
+from arcond_jax.transport import bank as bank_lib
 from arcond_jax.transport import refiners
 
 LENGTH, NUM_CLASSES, ROWS = 4, 2, 4096
@@ -341,6 +342,35 @@ def test_conditions_are_refined_each_at_its_slot():
     drawn = run(speculative.Speculative(base), label, refiner=refiner).tokens.codes
     np.testing.assert_array_equal(drawn, expected)
     assert np.any(expected != run(base, label).tokens.codes)
+
+
+def test_one_row_of_many_groups_has_the_map_of_its_group():
+    rng = np.random.default_rng(0)
+    bank = bank_lib.init_bank(1, 3, num_atoms=8, width=4)
+    bank = dataclasses.replace(
+        bank,
+        atoms=jnp.asarray(rng.normal(size=bank.atoms.shape), jnp.float32),
+        count=jnp.full_like(bank.count, 8),
+    )
+    calibrator = refiners.Calibrator(bank)
+    class_major = jnp.repeat(jnp.arange(3), 5)
+    source = jnp.asarray(rng.normal(size=(15, 4)), jnp.float32)
+    _, state = calibrator(
+        source, calibrator.init(class_major), slot=jnp.array(0), label=class_major
+    )
+    fitted, label = calibrator.finish(state), jnp.array([2, 0, 1, 2])
+    speculative.check_refiner(fitted, label)
+
+    def refine(cond, label):
+        return fitted(cond, fitted.init(label), slot=jnp.array(0), label=label)[0]
+
+    together = refine(source[:4], label)
+    assert np.abs(together - source[:4]).max() > 0.1
+    alone = jax.vmap(lambda cond, label: refine(cond[None], label[None])[0])(source[:4], label)
+    np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-5)
+    for refused in (calibrator, refiners.InBatch(bank)):
+        with pytest.raises(ValueError, match="rows at different positions"):
+            speculative.check_refiner(refused, class_major)
 
 
 def test_what_cannot_be_verified_is_refused():
