@@ -18,7 +18,7 @@ COMMON = {
         None, low=0, optional=True
     ),  # that read; a core of the process each
 }
-PHOTOGRAPHS = {"resize": keys.choice("adm", tuple(images.RESIZES))}
+PHOTOGRAPHS = {"resize": keys.choice("adm", images.RESIZES)}
 
 
 @dataclasses.dataclass(frozen=True)

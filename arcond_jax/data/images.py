@@ -1,7 +1,6 @@
 """The two spellings of an image, uint8 in [0, 255] and float32 in [-1, 1]; reading and cropping."""
 
 import os
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,13 +51,8 @@ class Scaled:
         return uint8_to_image(self._image_uint8[rows])
 
 
-def open_image(
-    path: str | os.PathLike, *, num_channels: int, at_least: int | None = None
-) -> Image.Image:
+def open_image(path: str | os.PathLike, *, num_channels: int) -> Image.Image:
     """Reads an image file of any kind as 8 bits a channel, grey (1 channel) or RGB (3).
-
-    With `at_least`, a JPEG file may come at a half, a fourth or an eighth of its size, which is
-    faster; neither side then has fewer pixels than that.
 
     Every image of this package comes in here, by one set of rules, those of PIL's `convert`, which
     torchvision and the code of the published models use:
@@ -75,22 +69,37 @@ def open_image(
       ValueError: The file is missing, truncated, too large (PIL's limit against decompression
         bombs), no image, or of numbers without a known range: 32-bit integers and floats.
     """
-    mode = "L" if num_channels == 1 else "RGB"
+    return _opened(path, num_channels)[0]
+
+
+def _opened(
+    path: str | os.PathLike, num_channels: int, at_least: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The image and its size in the file.
+
+    With `at_least`, a JPEG file may come at a half, a fourth or an eighth of its size, which is
+    faster; neither side then has fewer pixels than that.
+    """
     try:
         with Image.open(path) as image:
+            size = image.size
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-                levels = np.asarray(image).astype(np.int64)
-                return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert(mode)
-            if image.mode in ("I", "F"):
-                raise ValueError(f"{image.format} of mode {image.mode}: save it with 8 bits")
-            if image.mode in ("P", "PA") and "transparency" in image.info:
-                return image.convert("RGBA").convert(mode)  # the same colours, without a warning
-            return image.convert(mode)
+            return _converted(image, "L" if num_channels == 1 else "RGB"), size
     except Exception as error:  # decoders raise what they like
         text = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read as an image ({text})") from None
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        levels = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert(mode)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{image.format} of mode {image.mode}: save it with 8 bits")
+    if image.mode in ("P", "PA") and "transparency" in image.info:
+        return image.convert("RGBA").convert(mode)  # the same colours, without a warning
+    return image.convert(mode)
 
 
 def read_image(
@@ -136,14 +145,19 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scaled, (left, top) = _scaled(image, size)
+    scaled, (left, top) = _middle(image.size, size)
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
 
 
-def fast_center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The square of `center_crop` in one pass of antialiased bicubic, and nothing around it."""
-    (width, height), (left, top) = _scaled(image, size)
+def fast_center_crop(
+    image: Image.Image, size: int, full_size: tuple[int, int] | None = None
+) -> Image.Image:
+    """The square of `center_crop`, by antialiased bicubic alone, and nothing around it.
+
+    `full_size` is that of the image in its file, where it was decoded at a part of it.
+    """
+    (width, height), (left, top) = _middle(full_size or image.size, size)
     box = (
         left * image.width / width,
         top * image.height / height,
@@ -153,17 +167,17 @@ def fast_center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
 
 
-def _scaled(image: Image.Image, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height once the shorter side has `size` pixels, and the corner of the middle."""
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
+def _middle(image_size: tuple[int, int], size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size of an image once it is scaled for `center_crop`, and the corner of the square in it."""
+    width, height = image_size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
     return (width, height), ((width - size) // 2, (height - size) // 2)
 
 
-RESIZES: Mapping[str, Callable[[Image.Image, int], Image.Image]] = {
-    "adm": center_crop,
-    "fast": fast_center_crop,
-}
+RESIZES = ("adm", "fast")
 
 
 def open_square(
@@ -178,11 +192,12 @@ def open_square(
     Raises:
       ValueError: The file cannot be read, or is more than `MAX_ASPECT` times as long as wide.
     """
-    at_least = size if resize == "fast" else None
-    image = open_image(path, num_channels=num_channels, at_least=at_least)
-    if max(image.size) > MAX_ASPECT * min(image.size):
+    fast = resize == "fast"
+    image, full_size = _opened(path, num_channels, at_least=size if fast else None)
+    if max(full_size) > MAX_ASPECT * min(full_size):
         raise ValueError(
-            f"{path}: {image.width} x {image.height} pixels have no middle to crop: at most "
+            f"{path}: {full_size[0]} x {full_size[1]} pixels have no middle to crop: at most "
             f"{MAX_ASPECT} times as long as wide"
         )
-    return np.asarray(RESIZES[resize](image, size)).reshape(size, size, num_channels)
+    square = fast_center_crop(image, size, full_size) if fast else center_crop(image, size)
+    return np.asarray(square).reshape(size, size, num_channels)

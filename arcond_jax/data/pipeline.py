@@ -17,7 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 
-PREFETCH_BYTES = 10**9  # of images that wait for their turn, at each process
+# What waits for its turn at each process: enough to hide a slow item, and never more than a host
+# has room for; a batch of 2,048 images of 256x256x3 is 0.4 GB.
+PREFETCH_BATCHES = 8
+PREFETCH_BYTES = 10**9
 PIECES = 32  # of a batch, which threads take one after another
 
 NumpyBatch = dict[str, np.ndarray]  # stacked items: "image" [b, height, width, channels], "label"
@@ -62,7 +65,7 @@ def train_iterator(
       process_index: Which rows this process gets; `jax.process_index()`.
       process_count: `jax.process_count()`; divides the batch size.
       num_threads: As of `pool`; with 0 nothing is loaded ahead.
-      prefetch_bytes: Of images loaded ahead; at least one batch is.
+      prefetch_bytes: Of images loaded ahead, in at most `PREFETCH_BATCHES`; one batch always is.
 
     Returns:
       An iterator of `NumpyBatch` with `get_state()` and `set_state(state)`. The state is
@@ -92,7 +95,7 @@ def train_iterator(
         lambda indices: load(source, indices[rows], readers)
     )
     batch_bytes = local_batch_size * math.prod(source.image_shape) * source.image_dtype.itemsize
-    ahead = max(1, prefetch_bytes // batch_bytes) if readers else 0
+    ahead = min(max(1, prefetch_bytes // batch_bytes), PREFETCH_BATCHES) if readers else 0
     options = grain.ReadOptions(num_threads=1 if readers else 0, prefetch_buffer_size=ahead)
     return iter(batches.to_iter_dataset(options))
 

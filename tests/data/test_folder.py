@@ -1,9 +1,11 @@
 """The image folder: order and labels of its items, its crop, and what it says of bad folders."""
 
 import logging
+import pathlib
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
 
 from arcond_jax.data import folder, images, pipeline
@@ -96,6 +98,34 @@ def test_crop_has_its_size_whatever_comes(shape):
     assert cropped.shape == (16, 16, 3) and np.all(cropped == 77)
 
 
+PHOTOGRAPHS = pathlib.Path(sklearn.datasets.__file__).parent / "images"  # two, of 640x427
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "largest", "mean"),
+    # One pass of the same filter; and a JPEG decoded at a half, in place of means of 2x2 pixels.
+    [(256, 0.001, 1, 0.001), (300, 0.001, 2, 0.001), (128, 0.7, 60, 2.3), (64, 0.85, 40, 2.3)],
+)
+def test_fast_differs_from_adm_by_so_much(size, share, largest, mean):
+    paths = sorted(PHOTOGRAPHS.glob("*.jpg"))
+    adm, fast = (
+        np.stack([images.open_square(x, size, num_channels=3, resize=resize) for x in paths])
+        for resize in images.RESIZES
+    )
+    assert adm.shape == fast.shape == (2, size, size, 3) and adm.dtype == fast.dtype == np.uint8
+    difference = np.abs(adm.astype(int) - fast)
+    assert np.mean(difference > 0) <= share
+    assert difference.max() <= largest and difference.mean() <= mean
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (50, 31), (17, 17), (101, 33), (130, 129)])
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_fast_has_its_size_whatever_comes(shape, kind, tmp_path):
+    write(tmp_path / "train" / "a" / f"0.{kind}", np.full((*shape, 3), 77))
+    image = folder.ImageFolder(tmp_path, image_size=16, resize="fast")[0]["image"]
+    assert image.shape == (16, 16, 3) and np.all(image == 77)
+
+
 def test_a_truncated_file_is_named(directory):
     path = directory / "train" / "b" / "1.jpg"
     write(path, np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
@@ -166,5 +196,8 @@ def test_held_out_labels_are_those_of_the_train_split(directory):
 def test_an_image_without_a_middle_is_refused(directory):
     write(directory / "train" / "b" / "1.png", np.zeros((2, 300, 3)))
     source = folder.ImageFolder(directory, image_size=8)
+    with pytest.raises(ValueError, match=r"1.png: 300 x 2 pixels have no middle to crop"):
+        source[3]
+    source.resize = "fast"
     with pytest.raises(ValueError, match=r"1.png: 300 x 2 pixels have no middle to crop"):
         source[3]

@@ -156,7 +156,9 @@ def settled(source):
     return count
 
 
-@pytest.mark.parametrize(("prefetch_bytes", "ahead"), [(0, 1), (8 * 16 * 3, 3), (8 * 16 * 4 - 1, 3)])
+@pytest.mark.parametrize(
+    ("prefetch_bytes", "ahead"), [(0, 1), (8 * 16 * 3, 3), (8 * 16 * 4 - 1, 3)]
+)
 def test_as_many_batches_are_loaded_ahead_as_bytes_allow(prefetch_bytes, ahead):
     source = Counting(64)  # 16 bytes an image
     iterator = pipeline.train_iterator(
@@ -166,6 +168,12 @@ def test_as_many_batches_are_loaded_ahead_as_bytes_allow(prefetch_bytes, ahead):
         next(iterator)
         assert settled(source) == 8 * (taken + ahead)
     assert 1 < source.most <= 4
+
+
+def test_small_batches_are_bounded_in_number():
+    source = Counting(8)
+    next(pipeline.train_iterator(source, global_batch_size=1, seed=0, num_threads=2))
+    assert settled(source) == 1 + pipeline.PREFETCH_BATCHES
 
 
 def test_without_threads_nothing_is_loaded_ahead():
@@ -181,7 +189,7 @@ def test_one_batch_ahead_is_placed_and_not_counted():
         return pipeline.Ahead(iterator, lambda batch: placed.append(batch) or batch), iterator
 
     placed = []
-    ahead, iterator = start()
+    ahead, _ = start()
     assert ahead.get_state() == {"next_index": 0} and not placed
     first = take(ahead, 3)
     while len(placed) < 4:

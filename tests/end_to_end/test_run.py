@@ -23,7 +23,6 @@ from arcond_jax import build, checkpoint
 from arcond_jax import config as config_lib
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.cli import main
-from arcond_jax.parallel import processes
 from arcond_jax.run import drawing, exclusive, refinement, restoring, training
 from arcond_jax.training import state as state_lib
 from arcond_jax.training import writer
