@@ -87,6 +87,7 @@ def passes(source: Counted, num_batches: int, batch_size: int) -> dict[str, Call
 
 
 def main() -> None:
+    """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--num_images", type=int, default=100)

@@ -259,7 +259,7 @@ def test_half_of_the_images_are_mirrored_if_the_config_says_so(random_flip):
     assert 16 <= mirrored.sum() <= 48 if random_flip else plain.all()
 
 
-@pytest.mark.parametrize("random_flip", ["true", "false"])
+@pytest.mark.parametrize("random_flip", [True, False])
 def test_uint8_gives_the_tokens_of_the_floats(random_flip):
     image_uint8 = np.arange(512, dtype=np.uint8).reshape(2, 16, 16, 1)
     tokens_of = jax.jit(build.tokens_of(tiny.config("ar", f"data.random_flip={random_flip}")))
