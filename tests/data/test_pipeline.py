@@ -172,7 +172,8 @@ def test_as_many_batches_are_loaded_ahead_as_bytes_allow(prefetch_bytes, ahead):
 
 def test_small_batches_are_bounded_in_number():
     source = Counting(8)
-    next(pipeline.train_iterator(source, global_batch_size=1, seed=0, num_threads=2))
+    iterator = pipeline.train_iterator(source, global_batch_size=1, seed=0, num_threads=2)
+    next(iterator)
     assert has_read(source, 1 + pipeline.PREFETCH_BATCHES)
 
 
