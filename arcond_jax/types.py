@@ -24,7 +24,7 @@ Words, the field's where it has one:
   prompt     what an image is asked for by: a class label or a caption.
 
 A batch goes: image --tokenizer--> Tokens --generator--> loss, and back: prompt --sampler--> Tokens
---tokenizer--> image. Images are float32 in [-1, 1], NHWC; `image_uint8` only at both ends.
+--tokenizer--> image. Images are float32 in [-1, 1], NHWC; uint8 only at both ends.
 """
 
 from typing import Any, Protocol, no_type_check, runtime_checkable
@@ -33,7 +33,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 Params = Any  # a plain tree of arrays
 Metrics = dict[str, Array]  # scalars, averaged over the steps between two log lines
@@ -77,9 +77,12 @@ def num_rows(prompt: Prompt) -> int:
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
 @flax.struct.dataclass
 class Batch:
-    """What the data pipeline yields."""
+    """What the data pipeline yields; images in [-1, 1], or in uint8 to be scaled on the device."""
 
-    image: Float[Array, "b height width channels"]
+    image: (
+        Float[Array | np.ndarray, "b height width channels"]
+        | UInt8[Array | np.ndarray, "b height width channels"]
+    )
     prompt: Prompt
 
 

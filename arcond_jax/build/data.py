@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from arcond_jax.build import keys
 from arcond_jax.config import Config, ConfigError
-from arcond_jax.data import digits, folder, pipeline
+from arcond_jax.data import digits, folder, images, pipeline
 
 COMMON = {
     "image_size": keys.integer(8),  # pixels on a side
@@ -14,7 +14,11 @@ COMMON = {
     "num_classes": keys.integer(10),
     "random_flip": keys.flag(False),
     "batch_size": keys.integer(64),  # over all devices
+    "num_threads": keys.integer(
+        None, low=0, optional=True
+    ),  # that read; a core of the process each
 }
+PHOTOGRAPHS = {"resize": keys.choice("adm", images.RESIZES)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +39,16 @@ def _folder(config: Config, split: str) -> pipeline.Source:
     if data.directory is None:
         raise ConfigError("data.directory is not set: give the folder that holds the images")
     return folder.ImageFolder(
-        pathlib.Path(data.directory).expanduser().absolute(), split, image_size=data.image_size
+        pathlib.Path(data.directory).expanduser().absolute(),
+        split,
+        image_size=data.image_size,
+        resize=data.resize,
     )
 
 
 DATA: Mapping[str, Data] = {
     "digits": Data(COMMON, lambda config, split: digits.Digits(split)),
-    "folder": Data(COMMON | {"directory": keys.text(None, optional=True)}, _folder),
+    "folder": Data(COMMON | PHOTOGRAPHS | {"directory": keys.text(None, optional=True)}, _folder),
 }
 
 

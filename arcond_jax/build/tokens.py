@@ -19,6 +19,7 @@ from arcond_jax.config import Config, ConfigError
 from arcond_jax.convert import kl16, vq16
 from arcond_jax.convert import lfq as lfq_table
 from arcond_jax.convert import maskgit_vq as maskgit_vq_table
+from arcond_jax.data import images
 from arcond_jax.tokenizers import kl, lfq, maskgit_vq, patches, vq
 from arcond_jax.tokenizers import network as network_lib
 
@@ -209,7 +210,7 @@ def tokenizer(config: Config) -> types.Tokenizer:
         num_images = min(len(split), -(-MAX_PATCHES // int(np.prod(grid(config)))))
         chosen = np.linspace(0, len(split) - 1, num_images)
         return patches.fit(
-            np.stack([split[int(i)]["image"] for i in chosen]),
+            images.as_float(np.stack([split[int(i)]["image"] for i in chosen])),
             patch_size=config.tokenizer.patch_size,
             num_codes=config.tokenizer.get("num_codes"),
             seed=config.seed,
@@ -280,7 +281,7 @@ def tokens_of(
 
     def tokens(tokenizer: types.Tokenizer, batch: types.Batch, rng: Key[Array, ""]) -> types.Tokens:
         flip_rng, encode_rng = jax.random.split(rng)
-        image = batch.image
+        image = images.as_float(batch.image)
         if random_flip:
             flipped = jax.random.bernoulli(flip_rng, 0.5, (image.shape[0], 1, 1, 1))
             image = jnp.where(flipped, image[:, :, ::-1], image)

@@ -19,6 +19,7 @@ class Digits:
 
     num_classes = 10
     image_shape: tuple[int, int, int] = (8, 8, 1)
+    image_dtype = np.dtype(np.float32)  # 17 levels, which are none of the 256 of uint8
     label_names = tuple("0123456789")
 
     def __init__(self, split: str = "train"):

@@ -20,16 +20,16 @@ SPLITS = {"train": ("train",), "held_out": ("val", "validation", "held_out", "te
 
 
 class ImageFolder:
-    """Random access to one split; an item is `{"image": float32 [size, size, 3], "label": int32}`.
+    """Random access to one split; an item is `{"image": uint8 [size, size, 3], "label": int32}`.
 
-    Images are made RGB by the rules of `images.open_image` and cropped as ADM does. EXIF is not
-    looked at: torchvision, which the published models were trained with, does not turn images
-    either.
+    Images are made RGB by the rules of `images.open_image`, cropped and scaled. EXIF is not looked
+    at: torchvision, which the published models were trained with, does not turn images either.
 
     Args:
       directory: Holds the folders of the splits.
       split: "train", or "held_out" for the first of val, validation, held_out and test that exists.
       image_size: Pixels on a side.
+      resize: One of `images.RESIZES`.
 
     Attributes:
       label_names: Names of the class folders of the train split, sorted; a label is an index into
@@ -40,7 +40,16 @@ class ImageFolder:
         that the train split does not have; and for an item, a file that cannot be read.
     """
 
-    def __init__(self, directory: str | os.PathLike, split: str = "train", *, image_size: int):
+    image_dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        split: str = "train",
+        *,
+        image_size: int,
+        resize: str = "adm",
+    ):
         if split not in SPLITS:
             raise ValueError(f"an image folder has no split {split!r}: use 'train' or 'held_out'.")
         root = pathlib.Path(directory)
@@ -59,6 +68,7 @@ class ImageFolder:
         self.label = np.repeat(np.asarray(labels, np.int32), [len(files[name]) for name in names])
         self.num_classes = len(self.label_names)
         self.image_shape: tuple[int, int, int] = (image_size, image_size, 3)
+        self.resize = resize
         left_out = [f"{name}/{x}" for name in names for x in found[name] if not _is_image(x)]
         beside = [x.name for x in self.folder.iterdir() if x.is_file() and x.name[0] != "."]
         _say_left_out(self.folder, len(left_out) + len(beside), next(iter(left_out + beside), ""))
@@ -90,12 +100,9 @@ class ImageFolder:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         label = self.label[index]
         path = self.folder / self.label_names[label] / self.files[index]
-        image = images.open_image(path, num_channels=3)
-        try:
-            cropped = images.center_crop(image, self.image_shape[0])
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        return {"image": images.uint8_to_image(np.asarray(cropped)), "label": label}
+        size, _, channels = self.image_shape
+        image = images.open_square(path, size, num_channels=channels, resize=self.resize)
+        return {"image": image, "label": label}
 
 
 def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:

@@ -1,18 +1,27 @@
 """From a source of single images to batches of numpy arrays; the only door to Grain.
 
-A source knows its length and returns item i as `{"image": float32 in [-1, 1], "label": int32}`.
+A source knows its length and returns item i as `{"image": ..., "label": int32}`, images in uint8,
+or in float32 within [-1, 1] where 256 levels do not hold them; batches keep what a source gives.
 Training reads it shuffled and without end, evaluation once and in order. The shuffled order is a
 property of (source, seed, global batch size) alone, never of the number of processes, so a run
 that stops on 16 hosts continues on 4 with the same batches.
 """
 
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
-PREFETCH_BATCHES = 8  # enough to hide a slow item; a batch of 256 images of 256x256x3 is 0.2 GB
+# What waits for its turn at each process: enough to hide a slow item, and never more than a host
+# has room for; a batch of 2,048 images of 256x256x3 is 0.4 GB.
+PREFETCH_BATCHES = 8
+PREFETCH_BYTES = 10**9
+PIECES = 32  # of a batch, which threads take one after another
 
 NumpyBatch = dict[str, np.ndarray]  # stacked items: "image" [b, height, width, channels], "label"
 
@@ -23,6 +32,7 @@ class Source(Protocol):
 
     num_classes: int
     image_shape: tuple[int, int, int]  # height, width, channels
+    image_dtype: np.dtype  # uint8 or float32
     label_names: tuple[str, ...]
     label: np.ndarray  # int32 [n], of every item
 
@@ -38,13 +48,15 @@ def train_iterator(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-    num_threads: int = 2,
+    num_threads: int | None = None,
+    prefetch_bytes: int = PREFETCH_BYTES,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of this process, with a position that can be saved.
 
     Every epoch is a new permutation of the whole source, and epochs follow each other without a
     gap: a batch may hold the end of one and the start of the next. Process p gets rows
-    [p, p + 1) * global_batch_size / process_count of each global batch and loads only those.
+    [p, p + 1) * global_batch_size / process_count of each global batch and loads only those, one
+    batch after another, the items of a batch by several threads.
 
     Args:
       source: The images; read from several threads at once.
@@ -52,7 +64,8 @@ def train_iterator(
       seed: Of the order.
       process_index: Which rows this process gets; `jax.process_index()`.
       process_count: `jax.process_count()`; divides the batch size.
-      num_threads: Reader threads; 0 loads in the caller's thread.
+      num_threads: As of `pool`; with 0 nothing is loaded ahead.
+      prefetch_bytes: Of images loaded ahead, in at most `PREFETCH_BATCHES`; one batch always is.
 
     Returns:
       An iterator of `NumpyBatch` with `get_state()` and `set_state(state)`. The state is
@@ -77,17 +90,55 @@ def train_iterator(
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     # Indices are batched, and images loaded after the cut: sharding first would give each process
     # count its own order.
+    readers = pool(num_threads)
     batches = order.batch(global_batch_size, drop_remainder=True).map(
-        lambda indices: load(source, indices[rows])
+        lambda indices: load(source, indices[rows], readers)
     )
-    options = grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=PREFETCH_BATCHES if num_threads else 0
-    )
+    batch_bytes = local_batch_size * math.prod(source.image_shape) * source.image_dtype.itemsize
+    ahead = min(max(1, prefetch_bytes // batch_bytes), PREFETCH_BATCHES) if readers else 0
+    options = grain.ReadOptions(num_threads=1 if readers else 0, prefetch_buffer_size=ahead)
     return iter(batches.to_iter_dataset(options))
 
 
+class Ahead:
+    """An iterator whose next batch is taken and placed by a thread while the last one is used.
+
+    The state counts what was given out, not the batch that is ready.
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator, place: Callable[[NumpyBatch], Any]) -> None:
+        self._iterator, self._place = iterator, place
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._ready: futures.Future | None = None
+        self._state = iterator.get_state()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        ready, self._ready = self._ready or self._thread.submit(self._take), None
+        batch, self._state = ready.result()
+        self._ready = self._thread.submit(self._take)
+        return batch
+
+    def _take(self) -> tuple[Any, dict[str, Any]]:
+        batch = self._place(next(self._iterator))
+        return batch, self._iterator.get_state()
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if self._ready is not None:
+            if not self._ready.cancel():
+                futures.wait([self._ready])
+            self._ready = None
+        self._iterator.set_state(state)
+        self._state = state
+
+
 def full_batches(
-    source: Source, batch_size: int, *, at_most: int | None = None
+    source: Source, batch_size: int, *, at_most: int | None = None, num_threads: int | None = 0
 ) -> Iterator[NumpyBatch]:
     """One pass over a split in its own order, in batches of one shape.
 
@@ -101,15 +152,41 @@ def full_batches(
     """
     count = len(source) if at_most is None else min(at_most, len(source))
     chosen = np.arange(count) * len(source) // count
+    readers = pool(num_threads)
     for start in range(0, count, batch_size):
         places = np.arange(start, start + batch_size)
-        batch = load(source, chosen[np.minimum(places, count - 1)])
+        batch = load(source, chosen[np.minimum(places, count - 1)], readers)
         yield batch | {"valid": places < count}
 
 
-def load(source: Source, indices: np.ndarray) -> NumpyBatch:
+def pool(num_threads: int | None) -> futures.ThreadPoolExecutor | None:
+    """Threads that read items: None takes the cores of the process, 0 the caller's own thread."""
+    if num_threads is None:
+        num_threads = _num_cores()
+    return (
+        futures.ThreadPoolExecutor(num_threads, thread_name_prefix="read") if num_threads else None
+    )
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def load(
+    source: Source, indices: np.ndarray, readers: futures.Executor | None = None
+) -> NumpyBatch:
     """The items of these indices, stacked; raises ValueError for one that cannot be read."""
-    items = [_read(source, int(index)) for index in indices]
+
+    def read(piece: np.ndarray) -> list[dict[str, np.ndarray]]:
+        return [_read(source, int(index)) for index in piece]
+
+    if readers is None:
+        items = read(indices)
+    else:
+        pieces = np.array_split(indices, min(PIECES, len(indices)))
+        items = list(itertools.chain.from_iterable(readers.map(read, pieces)))
     return {name: np.stack([item[name] for item in items]) for name in ("image", "label")}
 
 
@@ -121,9 +198,12 @@ def _read(source: Source, index: int) -> dict[str, np.ndarray]:
             f"Item {index} of {type(source).__name__} cannot be read ({error}):"
             " repair or remove it."
         ) from error
-    if item["image"].shape != tuple(source.image_shape):
-        raise ValueError(
-            f"Item {index} of {type(source).__name__} has image shape {item['image'].shape},"
-            f" expected {tuple(source.image_shape)}: repair or remove it."
-        )
+    found = item["image"].shape, item["image"].dtype
+    expected = tuple(source.image_shape), source.image_dtype
+    for what, value, wanted in zip(("shape", "type"), found, expected, strict=True):
+        if value != wanted:
+            raise ValueError(
+                f"Item {index} of {type(source).__name__} has image {what} {value},"
+                f" expected {wanted}: repair or remove it."
+            )
     return item

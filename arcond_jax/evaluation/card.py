@@ -159,6 +159,7 @@ class Reference:
     image_shape: tuple[int, ...]
     image_small_train: Float[np.ndarray, "m height width channels"]
     nearest_train_distance: float
+    made_by: Mapping[str, Setting]
 
 
 def reference(
@@ -168,6 +169,7 @@ def reference(
     image_train: features_lib.Images,
     extractor: features_lib.Features,
     name: str = "held-out images",
+    made_by: Mapping[str, Setting] | None = None,
 ) -> Reference:
     """Computes what later evaluations reuse.
 
@@ -178,6 +180,7 @@ def reference(
       image_train: Images that the generator was trained on, in [-1, 1].
       extractor: Source of the features and of the logits.
       name: Name of the split, printed on the card.
+      made_by: How the real images were made, where that is not the usual way.
 
     Raises:
       ValueError: Images out of range, not as many labels as images, or a label that the extractor
@@ -197,6 +200,7 @@ def reference(
         image_shape=real.image_shape,
         image_small_train=train.image_small,
         nearest_train_distance=scores.mean_nearest_distance(real.image_small, train.image_small),
+        made_by=dict(made_by or {}),
     )
 
 
@@ -286,6 +290,7 @@ def _measured_with(
         "samples": f"{len(label)}, {each} of each class",
         "reference": f"{reference.name}, {len(reference.features)} images",
         "training images": len(reference.image_small_train),
+        **reference.made_by,
         "features": f"{reference.features.shape[1]} of {reference.extractor.description}",
         "its accuracy": f"{accuracy:.1%} on the reference images",
         "precision and recall": f"k = {NUM_NEIGHBOURS}, {num_rows} images a side",

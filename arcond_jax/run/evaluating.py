@@ -1,6 +1,5 @@
 """How the samples of a run are made, and what they are compared with."""
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Sequence
 
@@ -20,7 +19,6 @@ OF_SPEED = ("num_buckets",)
 # As many as a Frechet distance is usually made of; their small versions take 0.6 GB in colour.
 MAX_TRAIN_IMAGES = 50_000
 SHOWN_NAMES = 10  # of classes, on a card
-NUM_THREADS = 8  # that decode images
 
 
 def provenance(trained: Trained, config: build.Config, *, seed: int) -> card.Settings:
@@ -80,20 +78,21 @@ def check_samples(drawn: samples.Samples, config: build.Config) -> None:
 
 
 class _Images:
-    """Images of a split that are loaded as they are sliced, by several threads."""
+    """Images of a split that are loaded as they are sliced."""
 
-    def __init__(self, split: pipeline.Source, rows: Int[np.ndarray, " n"]):
+    def __init__(
+        self, split: pipeline.Source, rows: Int[np.ndarray, " n"], num_threads: int | None
+    ) -> None:
         self._split, self._rows = split, rows
+        self._pool = pipeline.pool(num_threads)
         self.label = split.label[rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, rows: slice) -> Float32[np.ndarray, "rows height width channels"]:
-        parts = [part for part in np.array_split(self._rows[rows], NUM_THREADS) if len(part)]
-        with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-            loaded = pool.map(lambda part: pipeline.load(self._split, part)["image"], parts)
-        return np.concatenate(list(loaded))
+        loaded = pipeline.load(self._split, self._rows[rows], self._pool)
+        return images.as_float(loaded["image"])
 
 
 def reference(config: build.Config, workdir: epath.PathLike) -> card.Reference:
@@ -107,13 +106,15 @@ def reference(config: build.Config, workdir: epath.PathLike) -> card.Reference:
     """
     train_split, held_out = (build.source(config, split) for split in ("train", "held_out"))
     count = min(len(train_split), MAX_TRAIN_IMAGES)
-    train = _Images(train_split, np.arange(count) * len(train_split) // count)
+    threads, resize = config.data.num_threads, config.data.get("resize", "adm")
+    train = _Images(train_split, np.arange(count) * len(train_split) // count, threads)
     return card.reference(
-        _Images(held_out, np.arange(len(held_out))),
+        _Images(held_out, np.arange(len(held_out)), threads),
         held_out.label,
         image_train=train,
         extractor=_classifier(config, epath.Path(workdir) / "classifier.npz", train),
         name=f"{config.data.name}, held out: {_listed(train_split.label_names)}",
+        made_by={} if resize == "adm" else {"resize": f"{resize}, not the crop of ADM"},
     )
 
 

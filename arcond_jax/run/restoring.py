@@ -29,6 +29,7 @@ FREE_SECTIONS = ("sampling", "mesh", "transport")
 FREE_KEYS = (
     "data.directory",
     "data.captions",
+    "data.num_threads",
     "tokenizer.path",
     "training.num_train_steps",
     "training.learning_rate",

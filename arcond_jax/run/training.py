@@ -236,7 +236,7 @@ def _sheets(
 
 
 class _Batches:
-    """The training batches on the mesh, with a position that can be saved."""
+    """The training batches on the mesh, one ahead, with a position that can be saved."""
 
     def __init__(
         self, config: build.Config, mesh: Mesh, captions: captions_lib.Captions | None
@@ -244,24 +244,28 @@ class _Batches:
         self.mesh, self._captions = mesh, captions
         source = build.source(config, "train")
         self.class_names = None if captions else tuple(source.label_names)
-        self._iterator: Any = pipeline.train_iterator(
+        iterator = pipeline.train_iterator(
             source,
             global_batch_size=config.data.batch_size,
             seed=config.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            num_threads=config.data.num_threads,
         )
+        self._ahead = pipeline.Ahead(iterator, self._place)
 
     def __iter__(self) -> Iterator[types.Batch]:
         return self
 
     def __next__(self) -> types.Batch:
-        rows = next(self._iterator)
+        return next(self._ahead)
+
+    def _place(self, rows: pipeline.NumpyBatch) -> types.Batch:
         prompt = captions_lib.prompt_of(rows["label"], self._captions)
         return processes.put_batch(types.Batch(rows["image"], prompt), self.mesh)
 
     def get_state(self) -> dict[str, Any]:
-        return self._iterator.get_state()
+        return self._ahead.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._iterator.set_state(state)
+        self._ahead.set_state(state)

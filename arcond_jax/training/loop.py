@@ -89,7 +89,7 @@ def train(
         for writer in writers:
             at_exit.callback(writer.close)
         while step < num_train_steps and not stop:
-            batch = next(iterator)
+            batch = interval.next_of(iterator)
             state, metrics = step_fn(state, batch)
             step += 1
             progress.update()
@@ -169,11 +169,20 @@ def _merge(
 
 
 class _Interval:
-    """Averages of the metrics since the last log line, kept on the device until they are read."""
+    """Averages of the metrics since the last log line, kept on the device until they are read.
+
+    And how fast it went, and the share of the time that was spent waiting for batches.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, clu.metrics.Average] | None = None
-        self._start, self._count = time.perf_counter(), 0
+        self._start, self._count, self._waited = time.perf_counter(), 0, 0.0
+
+    def next_of(self, iterator: BatchIterator) -> types.Batch:
+        start = time.perf_counter()
+        batch = next(iterator)
+        self._waited += time.perf_counter() - start
+        return batch
 
     def add(self, metrics: types.Metrics) -> None:
         new = _averages(metrics)
@@ -184,5 +193,6 @@ class _Interval:
         scalars = {name: float(average.compute()) for name, average in (self._sums or {}).items()}
         seconds = time.perf_counter() - self._start
         scalars["steps_per_second"] = self._count / seconds
+        scalars["data_wait_share"] = self._waited / seconds
         self.__init__()
         return scalars

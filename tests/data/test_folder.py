@@ -1,9 +1,11 @@
 """The image folder: order and labels of its items, its crop, and what it says of bad folders."""
 
 import logging
+import pathlib
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
 
 from arcond_jax.data import folder, images, pipeline
@@ -35,10 +37,9 @@ def test_items_come_by_class_and_name(directory):
     assert source.num_classes == 3 and source.label_names == ("a", "b", "c")
     assert source.image_shape == (8, 8, 3) and len(source) == 6
     items = [source[i] for i in range(len(source))]
-    levels = [images.image_to_uint8(item["image"]) for item in items]
-    assert [int(x[0, 0, 0]) for x in levels] == [10, 30, 50, 70, 90, 110]
+    assert [int(item["image"][0, 0, 0]) for item in items] == [10, 30, 50, 70, 90, 110]
     assert [int(item["label"]) for item in items] == [0, 0, 1, 2, 2, 2]
-    assert items[0]["image"].dtype == np.float32 and items[0]["label"].dtype == np.int32
+    assert items[0]["image"].dtype == np.uint8 and items[0]["label"].dtype == np.int32
 
 
 def test_any_kind_of_image_becomes_rgb(tmp_path):
@@ -48,7 +49,7 @@ def test_any_kind_of_image_becomes_rgb(tmp_path):
     for mode, name in kinds.items():
         red.convert(mode).save(tmp_path / "train" / "red" / name)
     source = folder.ImageFolder(tmp_path, image_size=8)
-    levels = np.stack([images.image_to_uint8(source[i]["image"])[4, 4] for i in range(5)])
+    levels = np.stack([source[i]["image"][4, 4] for i in range(5)])
     assert len(source) == 5 and np.all(levels[0] == levels[0, 0])
     # The last three lose a little to compression or to their palette.
     np.testing.assert_allclose(levels[1:].astype(int), [[200, 40, 60]] * 4, atol=25)
@@ -60,7 +61,7 @@ def test_exif_orientation_is_not_looked_at(tmp_path):
     exif[0x0112] = 6  # "turn by 90 degrees"
     write(tmp_path / "train" / "a" / "0.jpg", ramp, quality=100, exif=exif)
     image = folder.ImageFolder(tmp_path, image_size=16)[0]["image"]
-    assert np.all(np.diff(image[:, 8, 0]) > 0.0)
+    assert np.all(np.diff(image[:, 8, 0].astype(int)) > 0)
 
 
 @pytest.mark.parametrize("first", ["val", "validation", "held_out", "test"])
@@ -69,7 +70,7 @@ def test_held_out_is_the_first_folder_of_that_kind(tmp_path, first):
     for i, name in enumerate(names[names.index(first) :]):
         write(tmp_path / name / "a" / "0.png", np.full((4, 4, 3), 10 * i))
     source = folder.ImageFolder(tmp_path, "held_out", image_size=4)
-    assert source.folder.name == first and source[0]["image"].max() == -1.0
+    assert source.folder.name == first and source[0]["image"].max() == 0
 
 
 def test_crop_keeps_the_middle_of_either_long_side():
@@ -95,6 +96,34 @@ def test_crop_has_its_size_whatever_comes(shape):
     constant = np.full((*shape, 3), 77, np.uint8)
     cropped = np.asarray(images.center_crop(Image.fromarray(constant), 16))
     assert cropped.shape == (16, 16, 3) and np.all(cropped == 77)
+
+
+PHOTOGRAPHS = pathlib.Path(sklearn.datasets.__file__).parent / "images"  # two, of 640x427
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "largest", "mean"),
+    # One pass of the same filter; and a JPEG decoded at a half, in place of means of 2x2 pixels.
+    [(256, 0.001, 1, 0.001), (300, 0.001, 2, 0.001), (128, 0.7, 60, 2.3), (64, 0.85, 40, 2.3)],
+)
+def test_fast_differs_from_adm_by_so_much(size, share, largest, mean):
+    paths = sorted(PHOTOGRAPHS.glob("*.jpg"))
+    adm, fast = (
+        np.stack([images.open_square(x, size, num_channels=3, resize=resize) for x in paths])
+        for resize in images.RESIZES
+    )
+    assert adm.shape == fast.shape == (2, size, size, 3) and adm.dtype == fast.dtype == np.uint8
+    difference = np.abs(adm.astype(int) - fast)
+    assert np.mean(difference > 0) <= share
+    assert difference.max() <= largest and difference.mean() <= mean
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (50, 31), (17, 17), (101, 33), (130, 129)])
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_fast_has_its_size_whatever_comes(shape, kind, tmp_path):
+    write(tmp_path / "train" / "a" / f"0.{kind}", np.full((*shape, 3), 77))
+    image = folder.ImageFolder(tmp_path, image_size=16, resize="fast")[0]["image"]
+    assert image.shape == (16, 16, 3) and np.all(image == 77)
 
 
 def test_a_truncated_file_is_named(directory):
@@ -131,7 +160,7 @@ def test_images_at_any_depth_belong_to_their_class(directory):
     source = folder.ImageFolder(directory, image_size=8)
     assert source.files == ["0.png", "1.png", "0.png", "2024/May/0.JPG", "0.png", "1.png", "2.png"]
     assert list(source.label) == [0, 0, 1, 1, 2, 2, 2]
-    assert int(images.image_to_uint8(source[3]["image"])[0, 0, 0]) in (59, 60, 61)
+    assert int(source[3]["image"][0, 0, 0]) in (59, 60, 61)
 
 
 def test_what_is_left_out_is_counted_and_said_once(directory, caplog):
@@ -167,5 +196,8 @@ def test_held_out_labels_are_those_of_the_train_split(directory):
 def test_an_image_without_a_middle_is_refused(directory):
     write(directory / "train" / "b" / "1.png", np.zeros((2, 300, 3)))
     source = folder.ImageFolder(directory, image_size=8)
+    with pytest.raises(ValueError, match=r"1.png: 300 x 2 pixels have no middle to crop"):
+        source[3]
+    source.resize = "fast"
     with pytest.raises(ValueError, match=r"1.png: 300 x 2 pixels have no middle to crop"):
         source[3]

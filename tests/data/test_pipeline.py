@@ -3,7 +3,10 @@
 import hashlib
 import itertools
 import json
+import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +18,7 @@ class Numbered:
 
     num_classes = 2
     image_shape = (2, 2, 1)
+    image_dtype = np.dtype(np.float32)
     label_names = ("even", "odd")
 
     def __init__(self, length, broken=()):
@@ -63,6 +67,15 @@ def test_uint8_round_trip():
     np.testing.assert_array_equal(images.image_to_uint8(image * 9)[0, 0], 0)
 
 
+def test_uint8_becomes_the_same_floats_on_host_and_device():
+    image_uint8 = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    expected = (image_uint8 / np.float32(127.5) - np.float32(1.0)).view(np.int32)
+    for scale in (images.as_float, jax.jit(images.as_float)):
+        np.testing.assert_array_equal(np.asarray(scale(image_uint8)).view(np.int32), expected)
+    image = images.uint8_to_image(image_uint8)
+    assert images.as_float(image) is image
+
+
 def test_each_image_once_an_epoch():
     taken = np.concatenate(
         take(pipeline.train_iterator(Numbered(12), global_batch_size=4, seed=0), 6)
@@ -99,6 +112,108 @@ def test_process_loads_only_its_rows():
         source, global_batch_size=4, seed=1, process_count=2, num_threads=0
     )
     np.testing.assert_array_equal(take(first_half, 2), [batch[:2] for batch in order])
+
+
+def test_the_order_is_that_of_earlier_versions():
+    # A run that was begun with one of them goes on with these batches.
+    order = [7, 9, 0, 8, 4, 2, 5, 6, 3, 1, 6, 0, 4, 2, 7, 9, 1, 5, 8, 3]
+    iterator = pipeline.train_iterator(Numbered(10), global_batch_size=4, seed=7)
+    assert np.concatenate(take(iterator, 5)).tolist() == order
+
+
+@pytest.mark.parametrize("num_threads", [None, 1, 4, 70])
+def test_threads_change_no_batch(num_threads):
+    def batches(num_threads):
+        source, options = Numbered(50), dict(global_batch_size=40, seed=2, num_threads=num_threads)
+        return take(pipeline.train_iterator(source, **options), 4)
+
+    np.testing.assert_array_equal(batches(num_threads), batches(0))
+
+
+class Counting(Numbered):
+    """Counts what is read of it, and how many threads read at a time."""
+
+    def __init__(self, length):
+        super().__init__(length)
+        self.lock, self.count, self.reading, self.most = threading.Lock(), 0, 0, 0
+
+    def __getitem__(self, index):
+        with self.lock:
+            self.count, self.reading = self.count + 1, self.reading + 1
+            self.most = max(self.most, self.reading)
+        time.sleep(0.001)
+        with self.lock:
+            self.reading -= 1
+        return super().__getitem__(index)
+
+
+def has_read(source, count):
+    """Whether so many items are read, sooner or later, and no more."""
+    end = time.monotonic() + 30
+    while source.count < count and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    return source.count == count
+
+
+@pytest.mark.parametrize(
+    ("prefetch_bytes", "ahead"), [(0, 1), (8 * 16 * 3, 3), (8 * 16 * 4 - 1, 3)]
+)
+def test_as_many_batches_are_loaded_ahead_as_bytes_allow(prefetch_bytes, ahead):
+    source = Counting(64)  # 16 bytes an image
+    iterator = pipeline.train_iterator(
+        source, global_batch_size=8, seed=0, num_threads=4, prefetch_bytes=prefetch_bytes
+    )
+    for taken in (1, 2):
+        next(iterator)
+        assert has_read(source, 8 * (taken + ahead))
+    assert 1 < source.most <= 4
+
+
+def test_small_batches_are_bounded_in_number():
+    source = Counting(8)
+    iterator = pipeline.train_iterator(source, global_batch_size=1, seed=0, num_threads=2)
+    next(iterator)
+    assert has_read(source, 1 + pipeline.PREFETCH_BATCHES)
+
+
+def test_without_threads_nothing_is_loaded_ahead():
+    source = Counting(64)
+    iterator = pipeline.train_iterator(source, global_batch_size=8, seed=0, num_threads=0)
+    next(iterator)
+    assert has_read(source, 8) and source.most == 1
+
+
+def test_one_batch_ahead_is_placed_and_not_counted():
+    def start():
+        iterator = pipeline.train_iterator(Numbered(10), global_batch_size=4, seed=3)
+        return pipeline.Ahead(iterator, lambda batch: placed.append(batch) or batch), iterator
+
+    placed = []
+    ahead, _ = start()
+    assert ahead.get_state() == {"next_index": 0} and not placed
+    first = take(ahead, 3)
+    while len(placed) < 4:
+        time.sleep(0.01)
+    assert ahead.get_state() == {"next_index": 3}
+    rest = take(ahead, 3)
+    np.testing.assert_array_equal(first + rest, take(start()[1], 6))
+    for other in (start()[0], ahead):  # a fresh one, and one that has a batch ready
+        other.set_state({"next_index": 3})
+        np.testing.assert_array_equal(take(other, 3), rest)
+        assert other.get_state() == {"next_index": 6}
+
+
+def test_an_error_ahead_comes_with_its_own_batch():
+    order = take(pipeline.train_iterator(Numbered(8), global_batch_size=4, seed=1), 2)
+    source = Numbered(8, broken={order[1][2]})
+    ahead = pipeline.Ahead(
+        pipeline.train_iterator(source, global_batch_size=4, seed=1), lambda batch: batch
+    )
+    next(ahead)
+    with pytest.raises(ValueError, match=f"Item {order[1][2]} of Numbered cannot be read"):
+        next(ahead)
+    assert ahead.get_state() == {"next_index": 1}
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -139,4 +254,8 @@ def test_corrupt_items_are_named():
     source = Numbered(4)
     source.image_shape = (2, 2, 3)
     with pytest.raises(ValueError, match=r"Item 0 of Numbered has image shape \(2, 2, 1\)"):
+        next(pipeline.full_batches(source, 2))
+    source = Numbered(4)
+    source.image_dtype = np.dtype(np.uint8)
+    with pytest.raises(ValueError, match="image type float32, expected uint8"):
         next(pipeline.full_batches(source, 2))

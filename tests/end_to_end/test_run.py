@@ -23,28 +23,27 @@ from arcond_jax import build, checkpoint
 from arcond_jax import config as config_lib
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.cli import main
-from arcond_jax.parallel import processes
 from arcond_jax.run import drawing, exclusive, refinement, restoring, training
 from arcond_jax.training import state as state_lib
 from arcond_jax.training import writer
 from arcond_jax.transport import refiners
 
-# Stands in for the machine's own timing: the signal comes while this batch is put on the mesh.
+# Stands in for the machine's own timing: the signal comes while this batch is taken.
 KILLED = """
 import os, signal, sys
 import jax
-from arcond_jax.parallel import processes
 from arcond_jax.cli import main
+from arcond_jax.run import training
 one = jax.devices()[:1]
 jax.devices = lambda: one
-put_batch, count = processes.put_batch, 0
-def interrupting(batch, mesh):
+take, count = training._Batches.__next__, 0
+def interrupting(batches):
     global count
     count += 1
     if count == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return put_batch(batch, mesh)
-processes.put_batch = interrupting
+    return take(batches)
+training._Batches.__next__ = interrupting
 sys.exit(main.main(sys.argv[1:]))
 """
 
@@ -55,15 +54,15 @@ def train_arguments(workdir):
 
 
 def interrupt(patched, *, at_batch, number=signal.SIGTERM):
-    """A signal comes in this process, while a batch is put on the mesh."""
-    put_batch, count = processes.put_batch, itertools.count(1)
+    """A signal comes in this process, while a batch is taken."""
+    take, count = training._Batches.__next__, itertools.count(1)
 
-    def interrupting(batch, mesh):
+    def interrupting(batches):
         if next(count) == at_batch:
             os.kill(os.getpid(), number)
-        return put_batch(batch, mesh)
+        return take(batches)
 
-    patched.setattr(processes, "put_batch", interrupting)
+    patched.setattr(training._Batches, "__next__", interrupting)
 
 
 @functools.cache
@@ -80,6 +79,7 @@ def saved_state(workdir):
 def rows_without_time(workdir):
     rows = writer.read_rows(workdir / "metrics.jsonl")
     assert all(row.pop("steps_per_second") > 0 for row in rows)
+    assert all(0 <= row.pop("data_wait_share") < 1 for row in rows)
     return rows
 
 

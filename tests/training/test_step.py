@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from arcond_jax import build, types
+from arcond_jax.data import images
 from arcond_jax.models import losses, rar
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.training import loop, optimizer, step, stopping, writer
@@ -256,6 +257,17 @@ def test_half_of_the_images_are_mirrored_if_the_config_says_so(random_flip):
     assert jnp.all(plain | mirrored)
     # Of 64 fair coins fewer than 16 or more than 48 show heads with a chance below 1e-4.
     assert 16 <= mirrored.sum() <= 48 if random_flip else plain.all()
+
+
+@pytest.mark.parametrize("random_flip", [True, False])
+def test_uint8_gives_the_tokens_of_the_floats(random_flip):
+    image_uint8 = np.arange(512, dtype=np.uint8).reshape(2, 16, 16, 1)
+    tokens_of = jax.jit(build.tokens_of(tiny.config("ar", f"data.random_flip={random_flip}")))
+    rows = [
+        tokens_of(Identity(), types.Batch(image, np.zeros(2, int)), jax.random.key(2)).latents
+        for image in (image_uint8, images.uint8_to_image(image_uint8))
+    ]
+    np.testing.assert_array_equal(*rows)
 
 
 def regression_gradient(generator, params, rng, rows=slice(None)):
