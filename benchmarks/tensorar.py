@@ -246,9 +246,12 @@ def measured(
     }
 
 
-def tuned(model: restoring.Trained, judge: Judge) -> dict[str, Any]:
-    """The settings of `TUNED` with the least Frechet distance on the tuning seeds."""
-    grid = [dict(zip(TUNED, values, strict=True)) for values in itertools.product(*TUNED.values())]
+def tuned(model: restoring.Trained, judge: Judge, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, and of `TUNED` those with the least Frechet distance on the tuning seeds."""
+    grid = [
+        {**settings, **dict(zip(TUNED, values, strict=True))}
+        for values in itertools.product(*TUNED.values())
+    ]
 
     def distance(settings: dict[str, Any]) -> float:
         scores = measured(model, settings, judge, TUNING_SEEDS)["scores"]
@@ -257,8 +260,10 @@ def tuned(model: restoring.Trained, judge: Judge) -> dict[str, Any]:
     return min(grid, key=distance)
 
 
-def run(args: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Name of the system, training seed, and what was measured."""
+def run(
+    args: argparse.Namespace, known: Mapping[str, Any]
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Name of the system, training seed, and what was measured, of those not known yet."""
     made = arms(args.windows)
     if args.only:
         made = {name: arm for name, arm in made.items() if name in args.only}
@@ -268,8 +273,14 @@ def run(args: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any]]]:
             model, seconds = trained(name, args, made, seed)
             systems = dict(arm.systems)
             if name == "base, trained on":
-                systems["tuned"] = tuned(model, judge)
+                systems["tuned"] = {}
+            if name == "k = 4, categorical":
+                systems["fed, tuned"] = FED_OR_NOT["fed"]
             for system, settings in systems.items():
+                if str(seed) in known.get(f"{name}: {system}", {}):
+                    continue
+                if system.endswith("tuned"):
+                    settings = tuned(model, judge, settings)
                 found = measured(model, settings, judge, tuple(range(args.num_sampling_seeds)))
                 yield (
                     f"{name}: {system}",
@@ -333,10 +344,11 @@ def main() -> None:
     args.settings = [(key, json.loads(value)) for key, value in args.settings]
     args.windows = tuple(args.windows)
     args.workdir.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = {}
-    for name, seed, found in run(args):
+    path = args.workdir / "results.json"
+    results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    for name, seed, found in run(args, results):
         results.setdefault(name, {})[str(seed)] = found
-        (args.workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
         print(name, seed, {k: np.round(np.mean(v), 3) for k, v in found["scores"].items()})
     print(table(results))
 
