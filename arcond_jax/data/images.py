@@ -1,5 +1,6 @@
 """The two spellings of an image, uint8 in [0, 255] and float32 in [-1, 1]; reading and cropping."""
 
+import io
 import os
 
 import numpy as np
@@ -37,8 +38,12 @@ class Scaled:
         return uint8_to_image(self._image_uint8[rows])
 
 
-def open_image(path: str | os.PathLike, *, num_channels: int) -> Image.Image:
+def open_image(
+    path: str | os.PathLike, *, num_channels: int, encoded: bytes | None = None
+) -> Image.Image:
     """Reads an image file of any kind as 8 bits a channel, grey (1 channel) or RGB (3).
+
+    With `encoded`, the content of the file, nothing is read and `path` is its name in messages.
 
     Every image of this package comes in here, by one set of rules, those of PIL's `convert`, which
     torchvision and the code of the published models use:
@@ -57,7 +62,7 @@ def open_image(path: str | os.PathLike, *, num_channels: int) -> Image.Image:
     """
     mode = "L" if num_channels == 1 else "RGB"
     try:
-        with Image.open(path) as image:
+        with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
                 levels = np.asarray(image).astype(np.int64)
                 return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert(mode)
@@ -115,11 +120,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Source: Dhariwal and Nichol (2021); guided-diffusion, guided_diffusion/image_datasets.py,
     `center_crop_arr`.
     """
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(
-            f"{image.width} x {image.height} pixels have no middle to crop: at most {MAX_ASPECT} "
-            "times as long as wide"
-        )
+    check_aspect(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -127,3 +128,21 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def check_aspect(image: Image.Image) -> None:
+    """Raises ValueError for an image more than `MAX_ASPECT` times as long as wide."""
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(
+            f"{image.width} x {image.height} pixels have no middle to crop: at most {MAX_ASPECT} "
+            "times as long as wide"
+        )
+
+
+def square(name: str, encoded: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """An encoded image in colour, cropped by `center_crop`; raises ValueError, naming it."""
+    image = open_image(name, num_channels=3, encoded=encoded)
+    try:
+        return np.asarray(center_crop(image, size))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
