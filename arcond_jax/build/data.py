@@ -46,7 +46,7 @@ def _records(config: Config, split: str) -> pipeline.Source:
 
 
 def _tfds(config: Config, split: str) -> pipeline.Source:
-    return tfds.Tfds(
+    return tfds.Tfds(  # pyright: ignore[reportReturnType]  # its labels are read when asked for
         _directory(config),
         split,
         image_size=config.data.image_size,

@@ -61,8 +61,9 @@ def open_image(
         bombs), no image, or of numbers without a known range: 32-bit integers and floats.
     """
     mode = "L" if num_channels == 1 else "RGB"
+    opened = path if encoded is None else io.BytesIO(encoded)
     try:
-        with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
+        with Image.open(opened) as image:
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
                 levels = np.asarray(image).astype(np.int64)
                 return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert(mode)
@@ -72,7 +73,7 @@ def open_image(
                 return image.convert("RGBA").convert(mode)  # the same colours, without a warning
             return image.convert(mode)
     except Exception as error:  # decoders raise what they like
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).replace(f" {opened!r}", "").split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read as an image ({text})") from None
 
 

@@ -26,8 +26,8 @@ def find(paths: list[pathlib.Path], root: pathlib.Path) -> dict[str, Listing]:
       ValueError: A file cannot be read, or has no labels.
     """
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError("parquet files need pyarrow: pip install 'arcond_jax[parquet]'") from None
     found = {}
@@ -41,7 +41,7 @@ def find(paths: list[pathlib.Path], root: pathlib.Path) -> dict[str, Listing]:
 
 
 def _split(paths: list[pathlib.Path]) -> Listing:
-    import pyarrow.parquet
+    import pyarrow.parquet  # pyright: ignore[reportMissingImports]
 
     names, labels, sizes, groups = [], [], [], []
     class_names: tuple[str, ...] = ()
@@ -134,8 +134,8 @@ class _Reader:
         return encoded
 
     def _load(self, number: int, group: int) -> Any:
-        import pyarrow.compute
-        import pyarrow.parquet
+        import pyarrow.compute  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
 
         file = pyarrow.parquet.ParquetFile(self._paths[number])
         kind = file.schema_arrow.field(self._image).type

@@ -39,7 +39,7 @@ class Tfds:
         held_out_split: str | None = None,
     ):
         try:
-            import tensorflow_datasets
+            import tensorflow_datasets  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ImportError(
                 "data.name=tfds needs tensorflow-datasets: pip install 'arcond_jax[tfds]'"
@@ -86,4 +86,5 @@ class Tfds:
         record = self._records[index]
         name = f"{self._name}: image {index}"
         image = images.square(name, bytes(record["image"]), self.image_shape[0])
-        return {"image": images.uint8_to_image(image), "label": np.int32(record["label"])}
+        label = np.asarray(record["label"], np.int32)
+        return {"image": images.uint8_to_image(image), "label": label}

@@ -273,36 +273,44 @@ def _checked(split: listing.Listing, row: int, resize: int | None) -> bytes | st
 
 def _finish(out: pathlib.Path, shards: list[_Shard], plan: dict[str, Any]) -> dict[str, Any]:
     """The complete manifest, written; or the plan, if shards are missing."""
-    known = {shard: _finished(out, shard) for shard in shards}
-    if not all(known.values()):
+    found = [(shard, _finished(out, shard)) for shard in shards]
+    known = [(shard, x) for shard, x in found if x is not None]
+    if len(known) < len(shards):
         return plan
-    splits: dict[str, Any] = {}
-    failed: list[list[str]] = []
-    for name in dict.fromkeys(shard.split for shard in shards):
-        of_split = [shard for shard in shards if shard.split == name]
-        label = np.asarray([x for shard in of_split for x in known[shard]["label"]], np.int32)
-        counts = np.bincount(label, minlength=len(plan["class_names"])).tolist()
-        failed += [pair for shard in of_split for pair in known[shard]["failed"]]
-        if 0 in counts and name == "train":
-            _write_failed(out, failed)
-            empty = plan["class_names"][counts.index(0)]
-            raise ValueError(
-                f"no image of the class {empty!r} can be read (see {out / FAILED}): repair them, "
-                "or remove the class"
-            )
-        splits[name] = {
-            "records": len(label),
-            "counts": counts,
-            "labels_sha256": records.write_labels(out, name, label),
-            "shards": [
-                {"file": shard.file, **{x: known[shard][x] for x in ("records", "bytes")}}
-                for shard in of_split
-            ],
-        }
+    failed = [pair for _, x in known for pair in x["failed"]]
     _write_failed(out, failed)
+    splits = {
+        name: _split(out, name, [pair for pair in known if pair[0].split == name], plan)
+        for name in dict.fromkeys(shard.split for shard in shards)
+    }
     manifest = plan | {"complete": True, "failed": len(failed), "splits": splits}
     records.write_manifest(out, manifest)
     return manifest
+
+
+def _split(
+    out: pathlib.Path,
+    name: str,
+    known: list[tuple[_Shard, dict[str, Any]]],
+    plan: dict[str, Any],
+) -> dict[str, Any]:
+    """What the manifest says of a split, whose labels are written."""
+    label = np.asarray([x for _, shard in known for x in shard["label"]], np.int32)
+    counts = np.bincount(label, minlength=len(plan["class_names"])).tolist()
+    if 0 in counts and name == "train":
+        empty = plan["class_names"][counts.index(0)]
+        raise ValueError(
+            f"no image of the class {empty!r} can be read (see {out / FAILED}): repair them, "
+            "or remove the class"
+        )
+    return {
+        "records": len(label),
+        "counts": counts,
+        "labels_sha256": records.write_labels(out, name, label),
+        "shards": [
+            {"file": shard.file, "records": x["records"], "bytes": x["bytes"]} for shard, x in known
+        ],
+    }
 
 
 def _write_failed(out: pathlib.Path, failed: list[list[str]]) -> None:
