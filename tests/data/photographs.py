@@ -25,6 +25,12 @@ def jpeg(seed: int) -> bytes:
     return content.getvalue()
 
 
+def items(source) -> list[tuple[bytes, int]]:
+    """Pixels and label of every item."""
+    found = [source[i] for i in range(len(source))]
+    return [(item["image"].tobytes(), int(item["label"])) for item in found]
+
+
 def files() -> dict[str, dict[str, bytes]]:
     """Contents by split and by `class/name`, in the order of an image folder.
 

@@ -28,13 +28,6 @@ SOURCES = {
 }
 
 
-def items(source):
-    return [
-        (item["image"].tobytes(), int(item["label"]))
-        for item in map(source.__getitem__, range(len(source)))
-    ]
-
-
 def contents(out: pathlib.Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
@@ -66,9 +59,9 @@ def test_every_kind_of_source_gives_the_images_of_the_folder(kind, unpacked, tmp
         assert isinstance(found, pipeline.Source)
         assert found.label_names == (ids if kind == "webdataset" else photographs.CLASSES)
         # A flat folder of validation images is in the order of its files.
-        assert sorted(items(found)) == sorted(items(known))
-        assert split == "held_out" or items(found) == items(known)
-        np.testing.assert_array_equal(found.label, [label for _, label in items(found)])
+        assert sorted(photographs.items(found)) == sorted(photographs.items(known))
+        assert split == "held_out" or photographs.items(found) == photographs.items(known)
+        np.testing.assert_array_equal(found.label, [label for _, label in photographs.items(found)])
 
 
 def test_train_and_validation_may_lie_apart(unpacked, tmp_path):
@@ -94,16 +87,22 @@ def test_own_photographs_are_split_by_class_and_seed(unpacked, tmp_path):
     train, held_out = (records.Records(out, x, image_size=16) for x in ("train", "held_out"))
     assert np.bincount(held_out.label).tolist() == [1, 1, 1] and len(train) == 9
     known = folder.ImageFolder(unpacked, "train", image_size=16)
-    assert sorted(items(train) + items(held_out)) == sorted(items(known))
+    assert sorted(photographs.items(train) + photographs.items(held_out)) == sorted(
+        photographs.items(known)
+    )
     preparing.prepare([unpacked / "train"], tmp_path / "again", options)
     assert contents(out).keys() == contents(tmp_path / "again").keys()
-    assert items(held_out) == items(records.Records(tmp_path / "again", "held_out", image_size=16))
+    assert photographs.items(held_out) == photographs.items(
+        records.Records(tmp_path / "again", "held_out", image_size=16)
+    )
 
 
 def test_crops_are_those_of_the_folder(unpacked, tmp_path):
     preparing.prepare([unpacked], tmp_path / "out", preparing.Options(resize=16))
     found = records.Records(tmp_path / "out", image_size=16)
-    assert items(found) == items(folder.ImageFolder(unpacked, image_size=16))
+    assert photographs.items(found) == photographs.items(
+        folder.ImageFolder(unpacked, image_size=16)
+    )
     with pytest.raises(ValueError, match=r"holds crops of 16 pixels, data.image_size is 32: prep"):
         records.Records(tmp_path / "out", image_size=32)
 
@@ -160,7 +159,7 @@ def test_a_flipped_byte_is_named(prepared):
     shard.write_bytes(data)
     source = records.Records(prepared, image_size=16)
     with pytest.raises(ValueError, match=rf"{shard.name} is damaged at record \d+ .*: remove it"):
-        items(source)
+        photographs.items(source)
     (prepared / "train.labels.npy").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"train.labels.npy is damaged: run the same"):
         records.Records(prepared, image_size=16)
@@ -169,8 +168,8 @@ def test_a_flipped_byte_is_named(prepared):
 def test_few_files_are_open(prepared, monkeypatch):
     monkeypatch.setattr(records, "MAX_OPEN", 1)
     source = records.Records(prepared, image_size=16)
-    forwards = items(source)
-    assert [items(source)[i] for i in range(len(source))] == forwards
+    forwards = photographs.items(source)
+    assert [photographs.items(source)[i] for i in range(len(source))] == forwards
     assert len(source._shards._open) == 1
 
 
@@ -247,6 +246,18 @@ def test_parquet_names_what_it_needs(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     message = refused(capsys, "--source", tmp_path, "--out", tmp_path.parent / "new")
     assert "pip install 'arcond_jax[parquet]'" in message
+
+
+@pytest.mark.slow
+def test_a_model_trains_from_prepared_photographs(unpacked, tmp_path, capsys):
+    out, workdir = tmp_path / "out", tmp_path / "run"
+    assert cli.main(["prepare", "--source", str(unpacked), "--out", str(out)]) == 0
+    small = "data.batch_size=4 model.depth=1 model.width=16 model.num_heads=2 training.log_every=1"
+    small += " training.num_train_steps=3 tokenizer.num_codes=8 data.image_size=16"
+    flags = [f"--config.{x}" for x in small.split()]
+    arguments = ["train", "--config", f"own_images:{out}", "--workdir", str(workdir), *flags]
+    assert cli.main(arguments) == 0
+    assert f"complete: {workdir}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
