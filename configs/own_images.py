@@ -1,7 +1,7 @@
 """Photographs of one's own: a small joint model, from a folder to pictures and a card on a CPU.
 
 `own_images:FOLDER` takes the classes from FOLDER/train/<class>/; FOLDER/val/<class>/ is what
-`arcond evaluate` compares with. Images are cropped to squares of 32 pixels, cut into 8x8 patches of
+`arcond evaluate` compares with. FOLDER may also be what `arcond prepare` wrote. Images are cropped to squares of 32 pixels, cut into 8x8 patches of
 4x4; `--config.data.image_size=64` makes them larger, and four times as many. Every patch has a code
 and a latent: codes alone would show as a mosaic of mean patches.
 
@@ -13,20 +13,19 @@ Score:     depends on the images
 import pathlib
 
 from arcond_jax import build
+from arcond_jax.data import records
 
 
 def get_config(folder: str = "") -> build.Config:
     if not folder:
         raise ValueError("name the folder that holds train/<class>/: own_images:FOLDER")
-    train = pathlib.Path(folder).expanduser() / "train"
-    if not train.is_dir():
-        raise ValueError(f"{train} does not exist: put the images into {train}/<class>/")
-    classes = [x for x in train.iterdir() if x.is_dir() and not x.name.startswith(".")]
-    if not classes:
-        raise ValueError(f"{train} has no folders of classes: put the images into {train}/<class>/")
-    config = build.config(model="joint", tokenizer="patches")
+    root = pathlib.Path(folder).expanduser()
+    prepared = records.is_prepared(root)
+    num_classes = len(records.read_manifest(root)["class_names"] if prepared else _classes(root))
+    data = "records" if prepared else "folder"
+    config = build.config(model="joint", tokenizer="patches", data=data)
     config.name = "own_images"
-    config.data.update(directory=folder, image_size=32, num_channels=3, num_classes=len(classes))
+    config.data.update(directory=folder, image_size=32, num_channels=3, num_classes=num_classes)
     config.data.update(batch_size=16, random_flip=True)
     config.tokenizer.update(patch_size=4, num_codes=256)
     config.model.update(depth=3, width=128, num_heads=4, dropout=0.1, token_dropout=0.1)
@@ -46,3 +45,13 @@ def get_config(folder: str = "") -> build.Config:
     # Standardised pixels end near 3; unbounded, guesses of a short training run away.
     config.sampling.update(guidance_scale=1.5, top_k=100, clip_latents=3.0)
     return config
+
+
+def _classes(root: pathlib.Path) -> list[pathlib.Path]:
+    train = root / "train"
+    if not train.is_dir():
+        raise ValueError(f"{train} does not exist: put the images into {train}/<class>/")
+    classes = [x for x in train.iterdir() if x.is_dir() and not x.name.startswith(".")]
+    if not classes:
+        raise ValueError(f"{train} has no folders of classes: put the images into {train}/<class>/")
+    return classes

@@ -3,10 +3,11 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from arcond_jax.build import keys
 from arcond_jax.config import Config, ConfigError
-from arcond_jax.data import digits, folder, images, pipeline
+from arcond_jax.data import digits, folder, images, pipeline, records, tfds
 
 COMMON = {
     "image_size": keys.integer(8),  # pixels on a side
@@ -34,21 +35,48 @@ class Data:
     source: Callable[[Config, str], pipeline.Source]
 
 
-def _folder(config: Config, split: str) -> pipeline.Source:
-    data = config.data
-    if data.directory is None:
+def _directory(config: Config) -> pathlib.Path:
+    directory = config.data.directory
+    if directory is None:
         raise ConfigError("data.directory is not set: give the folder that holds the images")
-    return folder.ImageFolder(
-        pathlib.Path(data.directory).expanduser().absolute(),
+    return pathlib.Path(directory).expanduser().absolute()
+
+
+def _square(config: Config) -> dict[str, Any]:
+    return dict(image_size=config.data.image_size, resize=config.data.resize)
+
+
+def _folder(config: Config, split: str) -> pipeline.Source:
+    return folder.ImageFolder(_directory(config), split, **_square(config))
+
+
+def _records(config: Config, split: str) -> pipeline.Source:
+    return records.Records(_directory(config), split, **_square(config))
+
+
+def _tfds(config: Config, split: str) -> pipeline.Source:
+    return tfds.Tfds(  # pyright: ignore[reportReturnType]  # its labels are read when asked for
+        _directory(config),
         split,
-        image_size=data.image_size,
-        resize=data.resize,
+        train_split=config.data.train_split,
+        held_out_split=config.data.held_out_split,
+        **_square(config),
     )
 
 
+FILES = COMMON | PHOTOGRAPHS | {"directory": keys.text(None, optional=True)}
 DATA: Mapping[str, Data] = {
     "digits": Data(COMMON, lambda config, split: digits.Digits(split)),
-    "folder": Data(COMMON | PHOTOGRAPHS | {"directory": keys.text(None, optional=True)}, _folder),
+    "folder": Data(FILES, _folder),
+    "records": Data(FILES, _records),
+    "tfds": Data(
+        FILES
+        | {
+            "train_split": keys.text("train"),  # names that the data set has for them
+            "held_out_split": keys.text(None, optional=True),  # validation, else test
+        },
+        _tfds,
+    ),
 }
 
 

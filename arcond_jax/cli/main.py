@@ -11,6 +11,7 @@ from types import ModuleType
 COMMANDS = (
     "demo",
     "config",
+    "prepare",
     "train",
     "calibrate",
     "captions",

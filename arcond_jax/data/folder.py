@@ -54,13 +54,13 @@ class ImageFolder:
             raise ValueError(f"an image folder has no split {split!r}: use 'train' or 'held_out'.")
         root = pathlib.Path(directory)
         self.folder = _split_folder(root, split)
-        names = _class_names(self.folder)
-        found = {name: list(_files_below(self.folder / name)) for name in names}
-        files = {name: [x for x in found[name] if _is_image(x)] for name in names}
+        names = class_names(self.folder)
+        found = {name: list(files_below(self.folder / name)) for name in names}
+        files = {name: [x for x in found[name] if is_image(x)] for name in names}
         self._check_classes(files)
         self.label_names = names
         if split != "train" and (root / "train").is_dir():
-            self.label_names = _class_names(root / "train")
+            self.label_names = class_names(root / "train")
             self._check_known(names)
         # Names alone: a million paths would take a gigabyte.
         self.files = [file for name in names for file in files[name]]
@@ -69,7 +69,7 @@ class ImageFolder:
         self.num_classes = len(self.label_names)
         self.image_shape: tuple[int, int, int] = (image_size, image_size, 3)
         self.resize = resize
-        left_out = [f"{name}/{x}" for name in names for x in found[name] if not _is_image(x)]
+        left_out = [f"{name}/{x}" for name in names for x in found[name] if not is_image(x)]
         beside = [x.name for x in self.folder.iterdir() if x.is_file() and x.name[0] != "."]
         _say_left_out(self.folder, len(left_out) + len(beside), next(iter(left_out + beside), ""))
 
@@ -116,11 +116,12 @@ def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
     )
 
 
-def _class_names(folder: pathlib.Path) -> tuple[str, ...]:
+def class_names(folder: pathlib.Path) -> tuple[str, ...]:
+    """Names of the folders in it, sorted."""
     return tuple(sorted(x.name for x in folder.iterdir() if x.is_dir() and x.name[0] != "."))
 
 
-def _files_below(folder: pathlib.Path) -> Iterator[str]:
+def files_below(folder: pathlib.Path) -> Iterator[str]:
     """Files at any depth by name, relative to the folder; links are followed, none in a ring."""
 
     def fail(error: OSError) -> None:  # os.walk would pass over it
@@ -136,7 +137,8 @@ def _files_below(folder: pathlib.Path) -> Iterator[str]:
         seen.add(real)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file is one, by its ending."""
     return name.lower().endswith(EXTENSIONS)
 
 

@@ -1,5 +1,6 @@
 """The two spellings of an image, uint8 in [0, 255] and float32 in [-1, 1]; reading and cropping."""
 
+import io
 import os
 from typing import Any
 
@@ -51,8 +52,12 @@ class Scaled:
         return uint8_to_image(self._image_uint8[rows])
 
 
-def open_image(path: str | os.PathLike, *, num_channels: int) -> Image.Image:
+def open_image(
+    path: str | os.PathLike, *, num_channels: int, encoded: bytes | None = None
+) -> Image.Image:
     """Reads an image file of any kind as 8 bits a channel, grey (1 channel) or RGB (3).
+
+    With `encoded`, the content of the file, nothing is read and `path` is its name in messages.
 
     Every image of this package comes in here, by one set of rules, those of PIL's `convert`, which
     torchvision and the code of the published models use:
@@ -69,25 +74,30 @@ def open_image(path: str | os.PathLike, *, num_channels: int) -> Image.Image:
       ValueError: The file is missing, truncated, too large (PIL's limit against decompression
         bombs), no image, or of numbers without a known range: 32-bit integers and floats.
     """
-    return _opened(path, num_channels)[0]
+    return _opened(path, num_channels, encoded=encoded)[0]
 
 
 def _opened(
-    path: str | os.PathLike, num_channels: int, at_least: int | None = None
+    path: str | os.PathLike,
+    num_channels: int,
+    *,
+    at_least: int | None = None,
+    encoded: bytes | None = None,
 ) -> tuple[Image.Image, tuple[int, int]]:
     """The image and its size in the file.
 
     With `at_least`, a JPEG file may come at a half, a fourth or an eighth of its size, which is
     faster; neither side then has fewer pixels than that.
     """
+    opened = path if encoded is None else io.BytesIO(encoded)
     try:
-        with Image.open(path) as image:
+        with Image.open(opened) as image:
             size = image.size
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             return _converted(image, "L" if num_channels == 1 else "RGB"), size
     except Exception as error:  # decoders raise what they like
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).replace(f" {opened!r}", "").split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read as an image ({text})") from None
 
 
@@ -181,11 +191,17 @@ RESIZES = ("adm", "fast")
 
 
 def open_square(
-    path: str | os.PathLike, size: int, *, num_channels: int, resize: str = "adm"
+    path: str | os.PathLike,
+    size: int,
+    *,
+    num_channels: int,
+    resize: str = "adm",
+    encoded: bytes | None = None,
 ) -> UInt8[np.ndarray, "size size channels"]:
     """The middle of an image file, scaled to `size` pixels a side.
 
     Args:
+      encoded: Content of the file, in the place of what lies at `path`.
       resize: "adm" as the published models were trained; "fast" differs from it a little, more
         where the image is at least twice too large, and costs less.
 
@@ -193,11 +209,17 @@ def open_square(
       ValueError: The file cannot be read, or is more than `MAX_ASPECT` times as long as wide.
     """
     fast = resize == "fast"
-    image, full_size = _opened(path, num_channels, at_least=size if fast else None)
-    if max(full_size) > MAX_ASPECT * min(full_size):
-        raise ValueError(
-            f"{path}: {full_size[0]} x {full_size[1]} pixels have no middle to crop: at most "
-            f"{MAX_ASPECT} times as long as wide"
-        )
+    at_least = size if fast else None
+    image, full_size = _opened(path, num_channels, at_least=at_least, encoded=encoded)
+    check_aspect(path, full_size)
     square = fast_center_crop(image, size, full_size) if fast else center_crop(image, size)
     return np.asarray(square).reshape(size, size, num_channels)
+
+
+def check_aspect(path: str | os.PathLike, size: tuple[int, int]) -> None:
+    """Raises ValueError for an image more than `MAX_ASPECT` times as long as wide."""
+    if max(size) > MAX_ASPECT * min(size):
+        raise ValueError(
+            f"{path}: {size[0]} x {size[1]} pixels have no middle to crop: at most {MAX_ASPECT} "
+            "times as long as wide"
+        )
