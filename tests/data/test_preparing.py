@@ -252,8 +252,9 @@ def test_parquet_names_what_it_needs(tmp_path, monkeypatch, capsys):
 def test_a_model_trains_from_prepared_photographs(unpacked, tmp_path, capsys):
     out, workdir = tmp_path / "out", tmp_path / "run"
     assert cli.main(["prepare", "--source", str(unpacked), "--out", str(out)]) == 0
-    small = "data.batch_size=4 model.depth=1 model.width=16 model.num_heads=2 training.log_every=1"
-    small += " training.num_train_steps=3 tokenizer.num_codes=8 data.image_size=16"
+    small = "data.batch_size=8 data.image_size=16 tokenizer.num_codes=8 model.depth=1"
+    small += " model.width=16 model.num_heads=2 training.num_train_steps=3"
+    small += " training.num_warmup_steps=1 training.log_every=1"
     flags = [f"--config.{x}" for x in small.split()]
     arguments = ["train", "--config", f"own_images:{out}", "--workdir", str(workdir), *flags]
     assert cli.main(arguments) == 0

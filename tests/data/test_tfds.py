@@ -25,7 +25,8 @@ class Photographs(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples("train"), "validation": self._generate_examples("val")}
+        names = {"train": "train", "validation": "val"}
+        return {name: self._generate_examples(folder) for name, folder in names.items()}
 
     def _generate_examples(self, split):
         for path in sorted((pathlib.Path(source) / split).rglob("*.JPEG")):
