@@ -1,9 +1,10 @@
 """Photographs of one's own: a small joint model, from a folder to pictures and a card on a CPU.
 
 `own_images:FOLDER` takes the classes from FOLDER/train/<class>/; FOLDER/val/<class>/ is what
-`arcond evaluate` compares with. FOLDER may also be what `arcond prepare` wrote. Images are cropped to squares of 32 pixels, cut into 8x8 patches of
-4x4; `--config.data.image_size=64` makes them larger, and four times as many. Every patch has a code
-and a latent: codes alone would show as a mosaic of mean patches.
+`arcond evaluate` compares with. FOLDER may also be what `arcond prepare` wrote. Images are cropped
+to squares of 32 pixels, cut into 8x8 patches of 4x4; `--config.data.image_size=64` makes them
+larger, and four times as many. Every patch has a code and a latent: codes alone would show as a
+mosaic of mean patches.
 
 Command:   arcond train --config own_images:photos --workdir runs/photos
 Hardware:  2 CPU cores; the first sheet of samples after a minute or two
