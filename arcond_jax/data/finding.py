@@ -58,7 +58,8 @@ def _of_one(source: pathlib.Path) -> dict[str, Listing]:
     if list(source.glob("dataset_info.json")):
         raise ValueError(f"{source} was prepared by tfds: train on it as it is, by data.name=tfds")
     for ending, module in ((".parquet", parquet), (".tar", tars)):
-        files = [x for x in source.rglob(f"*{ending}") if x.name[0] != "."]
+        depths = (f"*{ending}", f"*/*{ending}")  # deeper are single images, a million perhaps
+        files = [x for depth in depths for x in source.glob(depth) if x.name[0] != "."]
         if files:
             return module.find(files, source)
     return unpacked.find(source)

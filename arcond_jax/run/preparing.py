@@ -118,8 +118,10 @@ def _check_out(sources: Sequence[pathlib.Path], out: pathlib.Path) -> None:
 def _splits(sources: Sequence[pathlib.Path], options: Options) -> dict[str, listing.Listing]:
     splits = finding.find(sources, class_names=options.class_names)
     if options.held_out is not None:
+        if "train" not in splits:
+            raise ValueError("the source has no train split to hold out from: leave out --held_out")
         if "held_out" in splits:
-            raise ValueError("the source has held-out images of its own: leave --held_out away")
+            raise ValueError("the source has held-out images of its own: leave out --held_out")
         train, held_out = listing.held_out_of(splits["train"], options.held_out, seed=options.seed)
         splits = {"train": train, "held_out": held_out}
     for name, split in splits.items():

@@ -80,6 +80,15 @@ def test_train_and_validation_may_lie_apart(unpacked, tmp_path):
     )
 
 
+def test_ids_take_the_names_of_a_file(tmp_path):
+    source = photographs.write_webdataset(tmp_path / "source")
+    (tmp_path / "names.txt").write_text("tench\ngoldfish\nshark\n")
+    arguments = ["prepare", "--source", str(source), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--class_names", str(tmp_path / "names.txt")]) == 0
+    found = records.Records(tmp_path / "out", "held_out", image_size=16)
+    assert found.label_names == ("tench", "goldfish", "shark")
+
+
 def test_own_photographs_are_split_by_class_and_seed(unpacked, tmp_path):
     out = tmp_path / "out"
     options = preparing.Options(held_out=0.25, seed=3)
@@ -219,6 +228,10 @@ def test_what_cannot_be_prepared_costs_one_line(unpacked, prepared, tmp_path, ca
     assert "is inside of the source" in refused(capsys, *source, unpacked / "out")
     assert "holds something else" in refused(capsys, *source, flat)
     assert "has held-out images of its own" in refused(capsys, *source, out, "--held_out", "0.1")
+    validation = photographs.write_flat(tmp_path / "validation")
+    assert "has no train split to hold out from" in refused(
+        capsys, "--source", validation, "--out", out, "--held_out", "0.1"
+    )
     assert "was begun with another image_size (null, now 16)" in refused(
         capsys, *source, prepared, "--resize", 16
     )
