@@ -110,8 +110,7 @@ def by_split(paths: Iterable[pathlib.Path], root: pathlib.Path) -> dict[str, lis
 def validation_synsets() -> tuple[str, ...]:
     """The class of ILSVRC2012_val_00000001.JPEG and the 49,999 that follow.
 
-    Source: validation_labels.txt of tensorflow_datasets (Apache-2.0), in the order of file names;
-    the same as imagenet_2012_validation_synset_labels.txt of tensorflow/models.
+    Source: validation_labels.txt of tensorflow_datasets (Apache-2.0), in the order of file names.
     """
     return tuple(gzip.decompress(_LABELS.read_bytes()).decode().split())
 
