@@ -1,6 +1,7 @@
 """What a config must be before anything is built from it; each refusal names the key."""
 
 import difflib
+import re
 from typing import Any
 
 from arcond_jax import config as config_lib
@@ -31,7 +32,17 @@ def check(config: Config) -> None:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(_with_sections(config, str(error))) from None
+
+
+def _with_sections(config: Config, message: str) -> str:
+    """A part's message, in which a setting before its value is named with its section."""
+    for name, value in config_lib.flat(config).items():
+        leaf = re.escape(name.partition(".")[2])
+        shown = "|".join(re.escape(text) for text in (str(value), repr(value)))
+        if leaf and shown:
+            message = re.sub(rf"(?<![\w.]){leaf}(?= (?:is )?(?:{shown})(?!\w))", name, message)
+    return message
 
 
 def _check_together(config: Config) -> None:
@@ -56,12 +67,30 @@ def _check_together(config: Config) -> None:
     record.check(config)
     transport.check(config, models.conditions(config))
     rows, columns = tokens.grid(config)
+    _check_there(config, rows * columns)
     if "tensorar" in config:
         _check_windows(config, rows * columns)
     if config.sampling.get("speculative"):
         _check_speculative(config)
     if config.sampling.get("renoise"):
         _check_renoised(config)
+
+
+def _check_there(config: Config, length: int) -> None:
+    """Refuses more positions or codes than there are."""
+    positions, top_k = (config.sampling.get(x) for x in ("guided_positions", "top_k"))
+    if positions is not None and positions > length:
+        raise ConfigError(
+            f"sampling.guided_positions {positions} must be at most {length}, the positions of "
+            "the token grid; None for all"
+        )
+    if top_k is None:
+        return
+    there = max(config.model.get("factor_sizes", ()), default=0) or tokens.num_codes(config)
+    if top_k > there:
+        raise ConfigError(
+            f"sampling.top_k {top_k} must be at most {there}, the codes there are; None for all"
+        )
 
 
 def _check_windows(config: Config, length: int) -> None:

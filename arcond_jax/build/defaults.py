@@ -17,13 +17,13 @@ from arcond_jax.training import optimizer
 TRAINING = {
     "num_train_steps": keys.integer(1000),
     "num_warmup_steps": keys.integer(100, low=0),
-    "learning_rate": keys.number(1e-4, above=0.0),
+    "learning_rate": keys.positive(1e-4, low=1e-12, high=10.0),
     "decay": keys.choice("constant", optimizer.DECAYS),
     "decay_to": keys.number(0.0, low=0.0, high=1.0),  # of the learning rate
     "b1": keys.share(0.9),
     "b2": keys.share(0.95),
-    "weight_decay": keys.number(0.02, low=0.0),
-    "clip_norm": keys.number(1.0, above=0.0, optional=True),
+    "weight_decay": keys.number(0.02, low=0.0, high=10.0),
+    "clip_norm": keys.positive(1.0, high=1e12, optional=True),
     "ema_decay": keys.share(0.9999),
     "num_accumulations": keys.integer(1),
     "dtype": keys.choice("float32", tuple(tokens.DTYPES)),

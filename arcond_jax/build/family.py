@@ -115,7 +115,7 @@ TENSORAR = {
     "noise": keys.choice("categorical", windows.NOISES),
     "noise_schedule": keys.choice("exponential", tuple(windows.SCHEDULES)),
     "nested": keys.flag(True),
-    "draft_weight": keys.number(1.0, low=0.0),
+    "draft_weight": keys.weight(1.0),
     "draft_weights": keys.weights(),  # of each entry from 1 on; the same for all
     "projection": keys.flag(False),  # of what the encoder adds, as in the ICLR version
     "residual": keys.flag(True),
@@ -123,15 +123,17 @@ TENSORAR = {
     "drafter": keys.flag(False),  # guesses beside a frozen base, in the place of windows fed back
 }
 GUIDED = {
-    "guidance_scale": keys.number(1.0),
+    "guidance_scale": keys.number(1.0, low=-1000.0, high=1000.0),
     "guidance_schedule": keys.choice("constant", guidance_lib.SCHEDULES),
-    "guidance_power": keys.number(None, low=0.0, optional=True),  # of "power_cosine" alone
+    "guidance_power": keys.number(
+        None, low=0.0, high=1000.0, optional=True
+    ),  # of "power_cosine" alone
 }
 GUIDED_POSITIONS = {"guided_positions": keys.integer(None, low=0, optional=True)}  # all
 CODES = {
-    "code_temperature": keys.number(1.0, above=0.0),
+    "code_temperature": keys.positive(1.0),
     "top_k": keys.integer(None, optional=True),
-    "top_p": keys.number(None, above=0.0, high=1.0, optional=True),
+    "top_p": keys.positive(None, high=1.0, optional=True),
     "min_p": keys.number(None, low=0.0, high=1.0, optional=True),
 }
 DRAFTS = {
@@ -141,14 +143,14 @@ DRAFTS = {
 STRIDE = {"stride": keys.integer(1)}
 SPECULATIVE = {
     "speculative": keys.flag(False),
-    "relaxed_acceptance": keys.number(1.0, low=1.0),  # above 1 is lossy
+    "relaxed_acceptance": keys.number(1.0, low=1.0, high=keys.LARGEST),  # above 1 is lossy
 }
 LATENTS = {
     "solver": keys.choice("ancestral", solvers.KINDS),
     "num_head_evaluations": keys.integer(25),
     "spacing": keys.choice("trailing", schedule_lib.SPACINGS),
-    "latent_temperature": keys.number(1.0, low=0.0),
-    "clip_latents": keys.number(None, above=0.0, optional=True),
+    "latent_temperature": keys.weight(1.0),
+    "clip_latents": keys.positive(None, optional=True),
 }
 
 
@@ -245,12 +247,17 @@ def solver(config: Config) -> solvers.Solver:
     """The chain along which latents are drawn."""
     sampling, process = config.sampling, schedule_lib.Schedule.cosine()
     start = sampling.get("warm_start")
-    timesteps = schedule_lib.spaced_timesteps(
-        process,
-        sampling.num_head_evaluations,
-        spacing=sampling.spacing,
-        start=1.0 if start is None else start,
-    )
+    try:
+        timesteps = schedule_lib.spaced_timesteps(
+            process,
+            sampling.num_head_evaluations,
+            spacing=sampling.spacing,
+            start=1.0 if start is None else start,
+        )
+    except ValueError as error:
+        names = [x for x in ("num_head_evaluations", "spacing", "warm_start") if x in sampling]
+        given = ", ".join(f"sampling.{x} {sampling[x]}" for x in names)
+        raise ConfigError(f"{given} do not go together: {error}") from None
     return solvers.Solver(
         process.respace(timesteps),
         kind=sampling.solver,

@@ -8,6 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Of numbers that are computed with: beyond these float32 soon has no inverse, or no product.
+SMALLEST, LARGEST = 1e-6, 1e6
+NEARLY_1 = 0.999999  # the next numbers of float32 are 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Key:
@@ -15,7 +19,8 @@ class Key:
 
     Attributes:
       kind: Its type; float also takes an int, tuple also a list.
-      entries: What a tuple holds: int for whole numbers of at least 1, float for numbers above 0.
+      entries: What a tuple holds: int for whole numbers of at least 1, float for numbers from
+        `SMALLEST` to `LARGEST`.
       default: None only where it is optional.
       optional: Whether it may be None.
       low, high: Least and largest value.
@@ -59,8 +64,8 @@ class Key:
             right = all(type(x) is int and x >= 1 for x in values)
             words = "whole numbers of at least 1"
         else:
-            right = all(type(x) in (int, float) and math.isfinite(x) and x > 0 for x in values)
-            words = "numbers above 0"
+            right = all(type(x) in (int, float) and SMALLEST <= x <= LARGEST for x in values)
+            words = f"numbers of at least {SMALLEST:g} and at most {LARGEST:g}"
         if not (values and right):
             raise ValueError(f"{name} {values} must hold {words}")
         return tuple(self.entries(x) for x in values)
@@ -102,9 +107,19 @@ def number(default: float | None, **more: Any) -> Key:
     return Key(float, default, **more)
 
 
+def positive(default: float | None, **more: Any) -> Key:
+    """A number above 0, neither tiny nor huge unless told otherwise."""
+    return Key(float, default, **({"low": SMALLEST, "high": LARGEST} | more))
+
+
+def weight(default: float) -> Key:
+    """A factor of at least 0."""
+    return Key(float, default, low=0.0, high=LARGEST)
+
+
 def share(default: float | None, **more: Any) -> Key:
-    """A number from 0 to below 1, such as a rate of dropout."""
-    return Key(float, default, low=0.0, below=1.0, **more)
+    """A number from 0 to nearly 1, such as a rate of dropout."""
+    return Key(float, default, low=0.0, high=NEARLY_1, **more)
 
 
 def flag(default: bool) -> Key:
@@ -128,5 +143,5 @@ def sizes(default: tuple[int, ...]) -> Key:
 
 
 def weights() -> Key:
-    """Several numbers above 0, or None."""
+    """Several positive numbers, or None."""
     return Key(tuple, None, optional=True, entries=float)

@@ -99,7 +99,7 @@ TOKENIZERS: Mapping[str, Tokenizer] = {
         | {
             "patch_size": keys.integer(1),
             "latent_channels": keys.integer(16),
-            "latent_scale": keys.number(kl.LATENT_SCALE, above=0.0),
+            "latent_scale": keys.positive(kl.LATENT_SCALE),
         },
         ("latents",),
         _kl,

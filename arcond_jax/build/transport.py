@@ -18,15 +18,15 @@ BANK = {
     "grouping": keys.choice("class", ("class", "shared")),
     "num_atoms": keys.integer(128),
 }
-STEP = {"tau": keys.number(1.0, low=0.0), "num_jko_steps": keys.integer(1)}
+STEP = {"tau": keys.number(1.0, low=0.0, high=1e12), "num_jko_steps": keys.integer(1)}
 ENTROPIC = {
-    "epsilon": keys.number(0.1, above=0.0),
+    "epsilon": keys.positive(0.1),
     "debias": keys.flag(True),
     "num_sinkhorn_iters": keys.integer(60),
-    "max_move": keys.number(3.0, above=0.0),
+    "max_move": keys.positive(3.0),
 }
 ROLLOUT = {"num_sources": keys.integer(100)}  # rows per group in the calibration rollout
-INVERSE = {"inverse_weight": keys.number(0.0, low=0.0)}
+INVERSE = {"inverse_weight": keys.weight(0.0)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    batch_sizes = args.batch_size or [1]
+    for name, value in {"--batch_size": min(batch_sizes), "--num_runs": args.num_runs}.items():
+        if value < 1:
+            raise build.ConfigError(f"{name} {value} must be at least 1")
     if args.out is not None:
         atomic.check(args.out)
     config = build.load_config(args.config, args.overrides)
@@ -47,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
         configs[" ".join(settings)] = build.with_overrides(config, settings)
     timings = benchmark.measure(
         configs,
-        batch_sizes=args.batch_size or [1],
+        batch_sizes=batch_sizes,
         num_runs=args.num_runs,
         split=not args.no_split,
     )

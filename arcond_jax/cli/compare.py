@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     if args.num_seeds < 2:
         raise build.ConfigError("--num_seeds must be at least 2: one seed has no standard error")
+    if args.per_class < 1:
+        raise build.ConfigError(f"--per_class {args.per_class} must be at least 1")
+    names = [name for name, *_ in args.system]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise build.ConfigError(f"--system {twice[0]} is given twice: give each a name of its own")
     out = args.out or args.checkpoint / "comparison.json"
     config = restoring.config_for(args.checkpoint, None, args.overrides)
     atomic.check(out)

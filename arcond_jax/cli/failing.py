@@ -9,6 +9,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import arcond_jax
 from arcond_jax import build, checkpoint
@@ -23,6 +24,7 @@ def guarded(command: str, run: Callable[[], None]) -> int:
 
     SIGTERM and SIGHUP end it as an exception does, so that nothing half-written stays.
     """
+    sys.excepthook = _unless_late
     try:
         with _leaving_on_signals():
             run()
@@ -35,6 +37,12 @@ def guarded(command: str, run: Callable[[], None]) -> int:
             message, code = _unforeseen(command, error), UNFORESEEN
     print(f"arcond {command}: {message}", file=sys.stderr)
     return code
+
+
+def _unless_late(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Prints a traceback, but none of reads that end after the first one failed."""
+    if kind is not RuntimeError or str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _explained(error: Exception) -> str | None:

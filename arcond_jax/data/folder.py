@@ -19,6 +19,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")  # in either case
 SPLITS = {"train": ("train",), "held_out": ("val", "validation", "held_out", "test")}
 
 
+class NoSplitError(ValueError):
+    """A directory has no folder of a split."""
+
+
 class ImageFolder:
     """Random access to one split; an item is `{"image": uint8 [size, size, 3], "label": int32}`.
 
@@ -110,7 +114,7 @@ def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
-    raise ValueError(
+    raise NoSplitError(
         f"{root} has no folder {' or '.join(names)}: put the {split} images into"
         f" {root / names[0]}/<class>/."
     )

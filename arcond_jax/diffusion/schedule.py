@@ -191,4 +191,6 @@ def log_snr_timesteps(
 
 def _require(num_kept: int, available: int) -> None:
     if not 1 <= num_kept <= available:
-        raise ValueError(f"{num_kept} sampling steps out of a process with {available}")
+        raise ValueError(
+            f"{num_kept} sampling steps out of the {available} of the process there: take fewer"
+        )

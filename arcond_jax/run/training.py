@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from arcond_jax import atomic, build, checkpoint, types
 from arcond_jax.build import saved as saved_lib
-from arcond_jax.data import pipeline
+from arcond_jax.data import folder, pipeline
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.parallel import processes
 from arcond_jax.run import captions as captions_lib
@@ -66,6 +66,7 @@ def train(
     mesh, settings = build.training_mesh(config), config.training
     captions = captions_lib.of_training(config)
     batches = _Batches(config, mesh, captions)
+    _warn_of_held_out(config)
     fresh = None
     if not checkpoint.has_steps(f"{workdir}/checkpoints"):
         if restart_from is not None:
@@ -94,6 +95,16 @@ def train(
             return False
         _fill_bank(trained, workdir)
         return not stop
+
+
+def _warn_of_held_out(config: build.Config) -> None:
+    """Says now what `evaluate` would refuse after training; a run may have no held-out images."""
+    try:
+        build.source(config, "held_out")
+    except folder.NoSplitError:
+        pass
+    except (ValueError, OSError) as error:
+        logging.warning("the held-out images cannot be used to evaluate this run: %s", error)
 
 
 def _train(
@@ -194,6 +205,11 @@ def _resumed(
     restoring.check_same_run(config, saved, workdir)
     restoring.check_same_classes(batches.class_names, saved, workdir)
     restored = restoring.read_run(checkpoints, config, saved, batches.mesh, step=restart_from)
+    if not (isinstance(restored.data, dict) and type(restored.data.get("next_index")) is int):
+        raise checkpoint.CheckpointError(
+            f"The checkpoint of step {restored.step} in {workdir}/checkpoints is damaged (its data "
+            "is no position of batches): delete it or restart from an earlier step"
+        )
     batches.set_state(restored.data)
     if restart_from is None:
         logging.info("resuming at step %d", restored.step)

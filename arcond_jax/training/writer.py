@@ -49,16 +49,29 @@ class JsonLines:
 
 
 def read_rows(path: epath.PathLike) -> list[dict]:
-    """The rows of a JSON lines file; none if it does not exist, and no half-written last one."""
+    """The rows of a JSON lines file; none if it does not exist, and no half-written last one.
+
+    Raises:
+      ValueError: It holds something else.
+    """
     path = epath.Path(path)
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    try:
+        lines = path.read_bytes().decode().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path} is damaged (it is not UTF-8): move it away or delete it"
+        ) from None
+    for line in lines:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not (isinstance(row, dict) and type(row.get("step")) is int):
+            raise ValueError(f"{path} is damaged (a line has no step): move it away or delete it")
+        rows.append(row)
     return rows
 
 

@@ -2,13 +2,16 @@
 
 import logging
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 import sklearn.datasets
 from PIL import Image
 
+from arcond_jax import build
 from arcond_jax.data import folder, images, pipeline
+from arcond_jax.run import training
 
 GREY = {"a": (10, 30), "b": (50,), "c": (70, 90, 110)}  # value of each file of each class
 
@@ -201,3 +204,16 @@ def test_an_image_without_a_middle_is_refused(directory):
     source.resize = "fast"
     with pytest.raises(ValueError, match=r"1.png: 300 x 2 pixels have no middle to crop"):
         source[3]
+
+
+def test_training_warns_of_held_out_images_it_could_not_be_evaluated_with(directory, caplog):
+    config = build.load_config(f"own_images:{directory}", ["data.image_size=64"])
+    training._warn_of_held_out(config)  # there are none
+    assert not caplog.messages
+    write(directory / "val" / "d" / "0.png", np.zeros((8, 8, 3)))
+    training._warn_of_held_out(config)
+    shutil.rmtree(directory / "val" / "d")
+    (directory / "val" / "a").mkdir()
+    training._warn_of_held_out(config)
+    assert len(caplog.messages) == 2 and "has the class 'd'" in caplog.messages[0]
+    assert "val has no images" in caplog.messages[1]

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -94,6 +95,48 @@ def test_truncated_checkpoints(command, finished, copy_of, capsys, tmp_path):
         "calibrate": ["calibrate", "--checkpoint", workdir],
     }[command]
     assert_one_line(arguments, capsys, tmp_path, "checkpoint of step 6 in", "is damaged", "delete")
+
+
+def test_as_a_program_a_truncated_checkpoint_is_one_line_too(finished, copy_of, tmp_path):
+    workdir = copy_of(finished)
+    truncate_arrays(workdir / "checkpoints" / "6" / "state")
+    arguments = ["sample", "--checkpoint", workdir, "--out", tmp_path / "out.npz"]
+    made = subprocess.run(
+        [sys.executable, "-m", "arcond_jax", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 2 and "Traceback" not in made.stderr
+    last = made.stderr.splitlines()[-1]
+    assert last.startswith("arcond sample: The checkpoint of step 6 in ") and "is damaged" in last
+
+
+def test_a_checkpoint_with_another_data_position(finished, copy_of, capsys):
+    workdir = copy_of(finished)
+    step = workdir / "checkpoints" / "6"
+    shutil.rmtree(step / "digests")
+    (step / "data" / "metadata").write_text('{"other": 3}')
+    arguments = train(workdir, "training.num_train_steps=8")
+    assert_one_line(arguments, capsys, workdir, "checkpoint of step 6 in", "is damaged (its data")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--per_class", "0"], "--per_class 0 must be at least 1"),
+        (["--system", "a"], "--system a is given twice: give each a name of its own"),
+    ],
+)
+def test_compare_with_a_wrong_setting(more, message, finished, capsys):
+    arguments = ["compare", "--checkpoint", finished, "--system", "a", *more]
+    assert_one_line(arguments, capsys, finished, message)
+
+
+@pytest.mark.parametrize("name", ["--batch_size", "--num_runs"])
+def test_bench_of_nothing(name, tmp_path, capsys):
+    arguments = ["bench", "--config", "digits:ar", name, "0"]
+    assert_one_line(arguments, capsys, tmp_path, f"{name} 0 must be at least 1")
 
 
 def sample(workdir, *more):

@@ -3,6 +3,8 @@
 import json
 import math
 
+import pytest
+
 from arcond_jax.training import writer
 
 
@@ -43,3 +45,11 @@ def test_resuming_drops_later_and_half_written_rows(tmp_path):
 
 def test_no_file_has_no_rows(tmp_path):
     assert writer.read_rows(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("content", [b'{"step": 1}\n\xff\xfe', b"[1]\n", b'{"loss": 1}\n'])
+def test_a_file_of_something_else_is_named(content, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged \(.*\): move it away or del"):
+        writer.JsonLines(path, resume_at=5)

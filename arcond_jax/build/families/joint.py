@@ -6,12 +6,12 @@ from arcond_jax.config import Config, ConfigError
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.models import causal, joint, losses
 
-W_DIFFUSION = {"w_diffusion": keys.number(1.0, low=0.0)}
+W_DIFFUSION = {"w_diffusion": keys.weight(1.0)}
 CODES_TOO = {
-    "w_tensor": keys.number(0.3, low=0.0),
+    "w_tensor": keys.weight(0.3),
     "code_dropout": keys.number(0.0, low=0.0, high=1.0),
 }
-WARM_START = {"warm_start": keys.number(None, above=0.0, high=1.0, optional=True)}
+WARM_START = {"warm_start": keys.positive(None, high=1.0, optional=True)}
 
 
 def latents_network(config: Config) -> joint.Joint:
@@ -74,9 +74,7 @@ LATENTS = family.Family(
     sections={
         "model": family.GPT,
         "diffusion_head": family.HEAD,
-        "loss": family.PROMPT_LOSS
-        | {"w_diffusion": keys.number(1.0, above=0.0)}
-        | family.LATENT_LOSS,
+        "loss": family.PROMPT_LOSS | {"w_diffusion": keys.positive(1.0)} | family.LATENT_LOSS,
         "training": family.HEAD_DECAY,
         "sampling": family.GUIDED | family.GUIDED_POSITIONS | family.LATENTS,
     },

@@ -12,7 +12,7 @@ from arcond_jax.convert import llamagen as table
 from arcond_jax.models import causal, llamagen, prompted
 
 SIZES = ("b", "l", "xl", "xxl", "3b")
-W_TENSOR = {"w_tensor": keys.number(1.0, above=0.0)}
+W_TENSOR = {"w_tensor": keys.positive(1.0)}
 
 
 def network(config: Config) -> types.CausalModel:

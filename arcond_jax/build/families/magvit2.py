@@ -10,8 +10,8 @@ from arcond_jax.convert import magvit2 as table
 from arcond_jax.models import magvit2
 
 LATER = {  # of a code's factors after the first; None for that of the first
-    "later_guidance_scale": keys.number(None, optional=True),
-    "later_code_temperature": keys.number(None, above=0.0, optional=True),
+    "later_guidance_scale": keys.number(None, low=-1000.0, high=1000.0, optional=True),
+    "later_code_temperature": keys.positive(None, optional=True),
 }
 
 

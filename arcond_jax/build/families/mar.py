@@ -83,7 +83,7 @@ MAR = family.Family(
         "diffusion_head": family.HEAD,
         "loss": family.PROMPT_LOSS
         | family.LATENT_LOSS
-        | {"mask_rate_min": keys.number(0.7, above=0.0, below=1.0)},
+        | {"mask_rate_min": keys.positive(0.7, high=keys.NEARLY_1)},
         "training": family.HEAD_DECAY,
         "sampling": family.GUIDED
         | family.GUIDED_POSITIONS
