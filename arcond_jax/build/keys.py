@@ -109,7 +109,8 @@ def number(default: float | None, **more: Any) -> Key:
 
 def positive(default: float | None, **more: Any) -> Key:
     """A number above 0, neither tiny nor huge unless told otherwise."""
-    return Key(float, default, **({"low": SMALLEST, "high": LARGEST} | more))
+    bounds: dict[str, Any] = {"low": SMALLEST, "high": LARGEST}
+    return Key(float, default, **(bounds | more))
 
 
 def weight(default: float) -> Key:

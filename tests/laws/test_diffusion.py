@@ -121,8 +121,8 @@ def test_impossible_numbers_of_timesteps_are_refused(spacing):
 @pytest.mark.parametrize(
     ("num_kept", "options", "message"),
     [
-        (401, dict(spacing="trailing", start=0.4), "process with 400"),
-        (401, dict(spacing="log_snr", start=0.4), "process with 400"),
+        (401, dict(spacing="trailing", start=0.4), "out of the 400 of the process"),
+        (401, dict(spacing="log_snr", start=0.4), "out of the 400 of the process"),
         (2, dict(spacing="even", start=0.4), "needs spacing trailing or log_snr"),
         (2, dict(spacing="trailing", start=1.5), r"number in \(0, 1\]"),
         (2, dict(spacing="sideways"), "not one of even, leading"),
