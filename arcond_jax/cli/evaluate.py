@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    paths.check_apart(samples=args.samples, out=args.out)
     drawn = samples.read_samples(args.samples)
     settings = card.settings_of(drawn.metadata)
     config = restoring.config_for(args.checkpoint, None, args.overrides)

@@ -69,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     if any(x is not None and x < 1 for x in (args.num_images, args.batch_size)):
         raise build.ConfigError("--num_images and --batch_size must be at least 1")
+    paths.check_apart(
+        out=args.out,
+        png=args.png,
+        report=args.report,
+        captions=args.captions,
+        inpaint=args.inpaint,
+    )
     for path in (args.out, args.png):
         if path is not None:
             atomic.check(path)

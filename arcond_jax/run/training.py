@@ -72,6 +72,8 @@ def train(
         if restart_from is not None:
             raise build.ConfigError(f"{workdir} has no checkpoint to restart from")
         fresh = _fresh(config, batches, start_from)
+    elif start_from is not None:
+        logging.info("%s holds a run, which goes on: --init is not read again", workdir)
     with (
         stopping.Stop() as stop,
         exclusive.only_run(workdir),
@@ -245,8 +247,11 @@ def _sheets(
                 image_uint8 = drawer.images(refiners.Identity(), prompt, seed=0)
             except drawing.NotFiniteError as error:  # no reason to lose the run
                 logging.warning("no samples at step %d: %s", step, error)
-            else:
+                return
+            try:
                 show(step, image_uint8, label, trained.class_names)
+            except OSError as error:  # nor is a picture that cannot be written
+                logging.warning("no samples of step %d: %s", step, error)
 
     return draw
 

@@ -315,3 +315,18 @@ def test_as_a_program_errors_are_one_line_too(tmp_path):
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("arcond train: mesh data 1 x fsdp 16")
     assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sample --checkpoint run --out y.npz --png ./y.npz", "--out and --png are the same file"),
+        ("evaluate --samples y.npz --checkpoint run --out y.npz", "--samples and --out are the"),
+    ],
+)
+def test_a_file_does_not_replace_another(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "y.npz").write_text("kept")
+    assert main.main(arguments.split()) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "y.npz").read_text() == "kept"

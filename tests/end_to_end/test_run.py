@@ -23,7 +23,7 @@ from arcond_jax import build, checkpoint
 from arcond_jax import config as config_lib
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.cli import main
-from arcond_jax.run import drawing, exclusive, refinement, restoring, training
+from arcond_jax.run import drawing, exclusive, initial, refinement, restoring, training
 from arcond_jax.training import state as state_lib
 from arcond_jax.training import writer
 from arcond_jax.transport import refiners
@@ -110,6 +110,19 @@ def test_stopped_by_a_signal_and_resumed_is_uninterrupted(
     assert int(saved_state(workdir).step) == 3
     assert training.train(tiny.config(), workdir)
     assert_same_run(workdir, finished)
+
+
+def test_a_picture_that_cannot_be_written_costs_no_step(tmp_path, caplog):
+    def show(*_):
+        raise FileExistsError("samples is a file")
+
+    config = tiny.config()
+    config.training.update(samples_every=1, num_train_steps=2)
+    assert training.train(config, tmp_path / "run", show=show)
+    assert "no samples of step 1: samples is a file" in caplog.text
+    caplog.set_level("INFO")
+    assert training.train(config, tmp_path / "run", start_from=initial.Initial("nothing"))
+    assert "goes on: --init is not read again" in caplog.text
 
 
 @pytest.mark.slow
