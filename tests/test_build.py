@@ -242,7 +242,6 @@ WRONG_OVERRIDES = {
     "sampling.warm_start=1e-5": r"^sampling\.num_head_evaluations 1, sampling\.spacing trailing, ",
     "sampling.num_head_evaluations=1000": r"^sampling\.num_head_evaluations 1000, .* take fewer",
     "sampling.guided_positions=999": r"sampling\.guided_positions 999 must be at most 16, the posi",
-    "sampling.top_k=1000": r"sampling\.top_k 1000 must be at most 64, the codes there are",
     "seed=-1": r"seed -1 must be at least 0",
 }
 

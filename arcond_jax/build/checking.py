@@ -77,19 +77,12 @@ def _check_together(config: Config) -> None:
 
 
 def _check_there(config: Config, length: int) -> None:
-    """Refuses more positions or codes than there are."""
-    positions, top_k = (config.sampling.get(x) for x in ("guided_positions", "top_k"))
+    """Refuses more positions than there are."""
+    positions = config.sampling.get("guided_positions")
     if positions is not None and positions > length:
         raise ConfigError(
             f"sampling.guided_positions {positions} must be at most {length}, the positions of "
             "the token grid; None for all"
-        )
-    if top_k is None:
-        return
-    there = max(config.model.get("factor_sizes", ()), default=0) or tokens.num_codes(config)
-    if top_k > there:
-        raise ConfigError(
-            f"sampling.top_k {top_k} must be at most {there}, the codes there are; None for all"
         )
 
 
