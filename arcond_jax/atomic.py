@@ -1,4 +1,7 @@
-"""Files and folders that appear whole or not at all: written beside their place, then renamed."""
+"""Files and folders that appear whole or not at all: written beside their place, then renamed.
+
+What is being written is known here, so that a program that must end at once can remove it.
+"""
 
 import contextlib
 import os
@@ -10,6 +13,40 @@ from typing import IO
 
 from etils import epath
 
+_unfinished: set[pathlib.Path] = set()
+
+
+@contextlib.contextmanager
+def unfinished(path: epath.PathLike) -> Iterator[None]:
+    """What lies at `path` when the block ends is removed, or earlier by `abandon`; not in buckets.
+
+    For the temporary name of a file or folder, which has another by then if all went well.
+    """
+    if _in_bucket(path):
+        yield
+        return
+    known = pathlib.Path(path)
+    _unfinished.add(known)
+    try:
+        yield
+    finally:
+        _remove(known)
+        _unfinished.discard(known)
+
+
+def abandon() -> None:
+    """Removes everything unfinished; for a program that ends without leaving its blocks."""
+    for path in tuple(_unfinished):
+        _remove(path)
+
+
+def _remove(path: pathlib.Path) -> None:
+    for _ in range(10):  # another thread may still be filling a folder
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
 
 def check(path: epath.PathLike) -> None:
     """Asks, before long work, whether a file can be written to `path`; writes nothing.
@@ -17,7 +54,7 @@ def check(path: epath.PathLike) -> None:
     Raises:
       OSError: Its folder is missing or cannot be written to, or `path` itself is a folder.
     """
-    if _in_bucket(path):
+    if _in_bucket(path) or _is_special(path):
         return
     place = pathlib.Path(path).resolve()
     parent = place.parent
@@ -44,20 +81,17 @@ def file(path: epath.PathLike) -> Iterator[IO[bytes]]:
             with epath.Path(path).open("wb") as opened:
                 yield opened
             return
-        target = pathlib.Path(path).resolve()
-        if target.exists() and not target.is_file():
-            with open(target, "wb") as opened:
+        if os.path.isdir(path) or _is_special(path):
+            with open(path, "wb") as opened:
                 yield opened
             return
+        target = pathlib.Path(path).resolve()
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target))
-        try:
+        with unfinished(temporary):
             with os.fdopen(descriptor, "wb") as opened:
                 yield opened
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -81,19 +115,21 @@ def folder(path: epath.PathLike) -> Iterator[pathlib.Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
-        try:
+        with unfinished(temporary):
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             temporary.rename(target)
-        except BaseException:
-            shutil.rmtree(temporary)
-            raise
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _in_bucket(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
+
+
+def _is_special(path: epath.PathLike) -> bool:
+    """A pipe, a terminal, a device."""
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def _prefix(target: pathlib.Path) -> str:

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from arcond_jax import digest
+from arcond_jax import atomic, digest
 
 Tree = Any  # a tree of arrays, or of jax.ShapeDtypeStruct where the name says abstract
 
@@ -255,7 +255,8 @@ def save_tree(directory: str, tree: Tree, metadata: dict[str, Any]) -> None:
     _check_writable(path.parent)
     items = _save_args({"tree": tree}, {"metadata": metadata})
     writing = _one_line(f"Writing {path} failed", "free space or use another directory")
-    with writing, _tree_checkpointer() as checkpointer:
+    temporary = f"{path}{ocp.path.step.TMP_DIR_SUFFIX}"
+    with writing, atomic.unfinished(temporary), _tree_checkpointer() as checkpointer:
         checkpointer.save(path, args=items)
 
 
@@ -446,5 +447,6 @@ def _one_line(what: str, remedy: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return text if len(text) < 200 else text[:200] + "..."
+    """What happened and, of a long line, its end too, where the cause stands."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0].partition(" [tensorstore_spec=")[0]
+    return text if len(text) < 240 else f"{text[:100]} ... {text[-130:]}"

@@ -47,6 +47,11 @@ def test_links_are_followed_and_pipes_stay(tmp_path):
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     atomic.write_text(tmp_path / "pipe", "sent")
     assert os.read(reader, 9) == b"sent"
+    # A name for a pipe that has none, as /dev/stdout is of one.
+    (tmp_path / "link to pipe").symlink_to(f"/proc/self/fd/{os.open(tmp_path / 'pipe', os.O_RDWR)}")
+    atomic.check(tmp_path / "link to pipe")
+    atomic.write_text(tmp_path / "link to pipe", "also sent")
+    assert os.read(reader, 9) == b"also sent"
     os.close(reader)
     assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
 

@@ -1,14 +1,11 @@
 """How a command fails: in one line, and where nobody foresaw it with its traceback in a file."""
 
-import contextlib
 import os
 import pathlib
-import signal
 import sys
 import tempfile
-import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import arcond_jax
@@ -20,14 +17,10 @@ PACKAGE = pathlib.Path(arcond_jax.__file__).parent
 
 
 def guarded(command: str, run: Callable[[], None]) -> int:
-    """Runs a command; returns its exit code, after a line on stderr if it failed.
-
-    SIGTERM and SIGHUP end it as an exception does, so that nothing half-written stays.
-    """
-    sys.excepthook = _unless_late
+    """Runs a command; returns its exit code, after a line on stderr if it failed."""
+    sys.unraisablehook = _unless_late
     try:
-        with _leaving_on_signals():
-            run()
+        run()
         return 0
     except KeyboardInterrupt:
         message, code = "interrupted", INTERRUPTED
@@ -39,23 +32,24 @@ def guarded(command: str, run: Callable[[], None]) -> int:
     return code
 
 
-def _unless_late(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Prints a traceback, but none of reads that end after the first one failed."""
-    if kind is not RuntimeError or str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+def _unless_late(raised: Any) -> None:
+    """Prints what could not be raised, but none of reads and writes after the first that failed."""
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)
 
 
 def _explained(error: Exception) -> str | None:
     """What to tell of an error of a known cause, in one line; None for any other."""
     text = " ".join(str(error).split())
-    if "Unable to initialize backend" in text:
+    if "Unable to initialize backend" in text or _is_of_backends(error):
         platforms = os.environ.get("JAX_PLATFORMS", "")
-        return f"JAX_PLATFORMS={platforms} cannot be used here ({text[:200]}): unset it"
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return f"out of memory: take a smaller batch or more devices ({text[:200]})"
+        reason = text[:200] or "no device"
+        return f"JAX_PLATFORMS={platforms} cannot be used here ({reason}): unset it"
     known = (build.ConfigError, checkpoint.CheckpointError, loop.DivergedError)
     if isinstance(error, (*known, OSError, ImportError)):  # ImportError: of what only some need
         return text
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return f"out of memory: take a smaller batch or more devices ({text[:200]})"
     if isinstance(error, ValueError) and _is_ours(error):
         return text
     return None
@@ -65,6 +59,12 @@ def _is_ours(error: Exception) -> bool:
     """Whether the library raised it on purpose, and not something that the library called."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and pathlib.Path(frames[-1].filename).is_relative_to(PACKAGE)
+
+
+def _is_of_backends(error: Exception) -> bool:
+    """Whether jax asserts that it has a device; it says no more where CUDA is not installed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, AssertionError) and frames[-1].filename.endswith("xla_bridge.py")
 
 
 def _unforeseen(command: str, error: Exception) -> str:
@@ -77,20 +77,3 @@ def _unforeseen(command: str, error: Exception) -> str:
         f"unforeseen {type(error).__name__}: {first}; the traceback is in {log.name}: please "
         "report it"
     )
-
-
-@contextlib.contextmanager
-def _leaving_on_signals() -> Iterator[None]:
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:  # else ignored, or somebody's own
-                previous[number] = signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -8,6 +8,8 @@ import sys
 from importlib import resources
 from types import ModuleType
 
+from arcond_jax.cli import leaving
+
 COMMANDS = (
     "demo",
     "config",
@@ -25,20 +27,33 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Runs a command; returns the exit code. Without `argv` this is the program: signals end it."""
+    if argv is None:
+        leaving.on_signals()
+        argv = sys.argv[1:]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # before a library does
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    # Orbax logs what it raises as well, and what ends after a first read or write failed.
+    for noisy in ("absl", "orbax", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     prefix = "--config."
     overrides = [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
     rest = [a for a in argv if not a.startswith(prefix)]
-    args = _parser(rest).parse_args(rest)
+    try:
+        args = _parser(rest).parse_args(rest)
+    except ValueError as error:  # of jax, at its import
+        print(f"arcond: {error}: set that variable rightly or not at all", file=sys.stderr)
+        return 2
     args.overrides = overrides
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("absl", "jax", "orbax"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     # Here, so that the help of a command waits for nothing that it does not show.
+    import jax
+
     from arcond_jax.cli import compilation, failing
 
+    if jax.config.read("jax_enable_x64"):  # keys would draw other numbers
+        logging.warning("JAX_ENABLE_X64 is not heeded: nothing here is computed in 64 bits")
+        jax.config.update("jax_enable_x64", False)
     compilation.keep()
     return failing.guarded(args.command, lambda: module_of(args.command).main(args))
 

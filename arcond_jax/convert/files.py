@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from arcond_jax import atomic
 from arcond_jax.convert import contents, shards, table
 
 BLOCK_BYTES = 1 << 20  # read at a time while hashing
@@ -119,12 +120,11 @@ def _whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A path beside another that takes its place once it is written, and is gone if it is not."""
     partial = path.with_name(path.name + ".partial")
     try:
-        yield partial
-        partial.replace(path)
+        with atomic.unfinished(partial):
+            yield partial
+            partial.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise table.ConvertError(f"writing {path} failed ({_first_line(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -63,23 +63,22 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> int:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     count = 0
     try:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-        try:
-            for record in records:
-                writer.write(record)
-                count += 1
-        finally:
-            writer.close()
-        written = array_record_module.ArrayRecordReader(str(temporary)).num_records()
-        if written != count:
-            raise OSError(f"{path} cannot be written: {written} of {count} records arrived")
-        _sync(temporary)
-        temporary.rename(path)
-        _sync(path.parent)
+        with atomic.unfinished(temporary):
+            writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+            try:
+                for record in records:
+                    writer.write(record)
+                    count += 1
+            finally:
+                writer.close()
+            written = array_record_module.ArrayRecordReader(str(temporary)).num_records()
+            if written != count:
+                raise OSError(f"{path} cannot be written: {written} of {count} records arrived")
+            _sync(temporary)
+            temporary.rename(path)
+            _sync(path.parent)
     except RuntimeError as error:  # of ArrayRecord, such as a full disk
         raise OSError(f"{path} cannot be written: {' '.join(str(error).split())}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return count
 
 

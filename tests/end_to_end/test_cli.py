@@ -108,7 +108,7 @@ def test_as_a_program_a_truncated_checkpoint_is_named(finished, copy_of, tmp_pat
         check=False,
     )
     assert made.returncode == 2
-    (line,) = [x for x in made.stderr.splitlines() if x.startswith("arcond sample: ")]
+    (line,) = made.stderr.splitlines()
     assert line.startswith("arcond sample: The checkpoint of step 6 in ") and "is damaged" in line
 
 

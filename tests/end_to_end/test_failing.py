@@ -4,11 +4,13 @@ import os
 import pathlib
 import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from arcond_jax import build
+from arcond_jax import build, checkpoint
 from arcond_jax.cli import failing
 
 
@@ -50,6 +52,7 @@ def test_what_a_library_raises_is_unforeseen_and_what_we_raise_is_not(capsys):
         (MemoryError(), 2, "out of memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"), 2, "out of memory"),
         (RuntimeError("Unable to initialize backend 'gpu'"), 2, "JAX_PLATFORMS="),
+        (checkpoint.CheckpointError("RESOURCE_EXHAUSTED: disk"), 2, "sample: RESOURCE_EXHAUSTED"),
         (FileNotFoundError(2, "No such file", "x.npz"), 2, "x.npz"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -59,19 +62,62 @@ def test_known_causes(error, code, message, capsys):
     assert message in line_of(capsys)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_command_as_an_exception_does(number, tmp_path):
-    temporary = tmp_path / "half"
+# Says when it is ready and then, like XLA as it compiles, gives Python's main thread nothing to do.
+BUSY = """
+import ctypes, pathlib, sys
+from arcond_jax import atomic
+from arcond_jax.cli import leaving
 
-    def run():
-        temporary.touch()
-        try:
-            os.kill(os.getpid(), number)
-        finally:
-            temporary.unlink()
+leaving.on_signals()
+with atomic.file(sys.argv[1] + "/a.npz") as opened, atomic.folder(sys.argv[1] + "/b") as folder:
+    opened.write(b"half")
+    (folder / "0.png").touch()
+    print("ready", flush=True)
+    ctypes.CDLL(None).sleep(30)
+"""
 
-    with pytest.raises(SystemExit) as left:
-        failing.guarded("sample", run)
-    assert left.value.code == 128 + number
-    assert not temporary.exists()
-    assert signal.getsignal(number) is signal.SIG_DFL
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (signal.SIGINT, "arcond: interrupted\n"),
+        (signal.SIGTERM, "arcond: ended by SIGTERM\n"),
+        (signal.SIGHUP, "arcond: ended by SIGHUP\n"),
+    ],
+)
+def test_a_signal_ends_a_command_at_once_and_leaves_nothing(number, line, tmp_path):
+    command = [sys.executable, "-c", BUSY, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        assert len(os.listdir(tmp_path)) == 2
+        process.send_signal(number)
+        _, error = process.communicate(timeout=20)
+    assert (process.returncode, error) == (128 + number, line)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + BUSY.replace(
+        "ctypes.CDLL(None).sleep(30)", "signal.raise_signal(signal.SIGHUP)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert sorted(os.listdir(tmp_path)) == ["a.npz", "b"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("JAX_ENABLE_X64", "banana"), ("JAX_PLATFORMS", "cuda"), ("JAX_PLATFORMS", "banana")],
+)
+def test_a_variable_that_jax_cannot_use_is_named(variable, value, tmp_path):
+    arguments = ["train", "--config", "digits:ar", "--workdir", str(tmp_path / "run")]
+    made = subprocess.run(
+        [sys.executable, "-m", "arcond_jax", *arguments],
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (line,) = made.stderr.splitlines()
+    assert made.returncode == 2 and variable in line
+    assert os.listdir(tmp_path) == []

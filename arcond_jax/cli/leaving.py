@@ -1,0 +1,53 @@
+"""Ctrl-C, SIGTERM and SIGHUP end a command at once, in one line, and leave nothing half-written.
+
+Python tells its main thread of a signal only between two of its own steps, so that one which comes
+while XLA compiles would wait for minutes; and an exception that is raised there may end in a
+callback of XLA, which drops it. A thread of our own ends the process instead. Training keeps its
+own handlers while it runs (`training.stopping`), and saves first.
+"""
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from arcond_jax import atomic
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+
+
+def on_signals() -> None:
+    """From here on a signal ends this process with 128 plus its number; for programs alone.
+
+    A signal that is ignored (SIGHUP under nohup) stays so.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    for number in SIGNALS:
+        if signal.getsignal(number) in DEFAULTS:
+            signal.signal(number, _left_to_the_watcher)
+    threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+
+
+def _left_to_the_watcher(number: int, _: Any) -> None:
+    """Makes Python write the number of the signal to the pipe; where it runs, nothing goes on."""
+    threading.Event().wait()
+
+
+def _watch(reading: int) -> None:
+    while True:
+        number = signal.Signals(os.read(reading, 1)[0])
+        if signal.getsignal(number) is _left_to_the_watcher:
+            _leave(number)
+
+
+def _leave(number: signal.Signals) -> None:
+    try:
+        atomic.abandon()
+        what = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        print(f"arcond: {what}", file=sys.stderr, flush=True)
+    finally:  # whatever went wrong, as a terminal that is gone
+        os._exit(128 + number)
