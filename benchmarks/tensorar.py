@@ -195,6 +195,7 @@ class Judge:
         split = build.source(config, "train")
         rows = np.arange(min(len(split), 10_000)) * len(split) // min(len(split), 10_000)
         image = np.stack([split[int(i)]["image"] for i in rows])
+        image = images.Scaled(image) if image.dtype == np.uint8 else image
         read = features.read(reference.extractor, image, what="training images").features
         label = split.label[rows]
         by_class = {int(c): frechet.statistics(read[label == c]) for c in np.unique(label)}
@@ -268,7 +269,7 @@ def run(
     if args.only:
         made = {name: arm for name, arm in made.items() if name in args.only}
     judge = Judge.of(config_of(made["base"], args, 0), args)
-    for seed in range(args.num_training_seeds):
+    for seed in args.training_seeds:
         for name, arm in made.items():
             model, seconds = trained(name, args, made, seed)
             systems = dict(arm.systems)
@@ -326,7 +327,7 @@ def main() -> None:
     parser.add_argument("--num_steps", type=int, default=1200, help="of training from scratch")
     parser.add_argument("--num_tuning_steps", type=int, default=1200, help="beyond the base")
     parser.add_argument("--windows", type=int, nargs="+", default=(2, 4, 8))
-    parser.add_argument("--num_training_seeds", type=int, default=2)
+    parser.add_argument("--training_seeds", type=int, nargs="+", default=(0, 1))
     parser.add_argument("--num_sampling_seeds", type=int, default=5)
     parser.add_argument("--per_class", type=int, default=100)
     parser.add_argument("--only", nargs="+", help="arms to run; base among them")
