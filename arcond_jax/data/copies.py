@@ -1,0 +1,91 @@
+"""Local copies of data in a bucket: ArrayRecord is read at random, which buckets are too slow for.
+
+A copy is whole before it is read, since every batch touches every shard. It stays for the next run.
+Buckets are read through etils and fsspec: `gs://` needs the package gcsfs, `s3://` s3fs.
+"""
+
+import concurrent.futures
+import hashlib
+import logging
+import pathlib
+import shutil
+
+from etils import epath
+
+from arcond_jax import atomic
+
+NUM_THREADS = 8  # a bucket gives its bandwidth to several readers only
+DESCRIPTION_BYTES = 1 << 20  # no more, and a file tells what the others are
+
+
+def local(url: str, *, copies: pathlib.Path, max_bytes: int) -> pathlib.Path:
+    """The local copy of a folder in a bucket, made if it is not there yet.
+
+    Files that are there with their size are not copied again, unless what describes them (manifest,
+    labels: files up to 1 MB) has changed.
+
+    Args:
+      copies: Holds the copies, a folder each.
+      max_bytes: Of all files of this folder.
+
+    Raises:
+      ValueError: There is no such folder, it is larger than `max_bytes` or than the disk has room.
+      ImportError: Its kind of bucket needs a package that is not installed.
+      OSError: It cannot be read, or not be written here.
+    """
+    source = epath.Path(url)
+    if not source.is_dir():
+        raise ValueError(f"{url} does not exist")
+    sizes = {
+        entry.name: entry.stat().length for entry in sorted(source.iterdir()) if not entry.is_dir()
+    }
+    total = sum(sizes.values())
+    if total > max_bytes:
+        raise ValueError(
+            f"{url} holds {_gigabytes(total)}, more than the {_gigabytes(max_bytes)} of "
+            "data.max_copy_gb: raise that, or copy the folder yourself"
+        )
+    name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    target = copies / f"{source.name}-{name}"
+    target.mkdir(parents=True, exist_ok=True)
+    fresh = [name for name, size in sizes.items() if size <= DESCRIPTION_BYTES]
+    content = {name: (source / name).read_bytes() for name in fresh}
+    if any(_differs(target / name, content[name]) for name in fresh):
+        for left in target.iterdir():
+            left.unlink()
+    missing = [name for name, size in sizes.items() if not _has_size(target / name, size)]
+    needed = sum(sizes[name] for name in missing)
+    if needed > shutil.disk_usage(target).free:
+        raise ValueError(f"{target} has no room for the {_gigabytes(needed)} of {url}: free some")
+    if missing:
+        logging.info("copying %s of %s to %s", _gigabytes(needed), url, target)
+    large = [name for name in missing if name not in content]
+    with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+        for copied in [pool.submit(_copy, source / name, target / name) for name in large]:
+            copied.result()
+    for name in fresh:  # last: where they are, the others are
+        _write(target / name, content[name])
+    return target
+
+
+def _differs(path: pathlib.Path, content: bytes) -> bool:
+    """Whether an earlier copy had something else there; none had nothing."""
+    return path.is_file() and path.read_bytes() != content
+
+
+def _has_size(path: pathlib.Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _copy(source: epath.Path, target: pathlib.Path) -> None:
+    with source.open("rb") as read, atomic.file(target) as written:
+        shutil.copyfileobj(read, written, 1 << 24)
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+    with atomic.file(path) as written:
+        written.write(content)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"

@@ -1,0 +1,68 @@
+"""Data in a bucket are copied once, whole, and again when they are others; a bucket in memory."""
+
+import os
+import typing
+
+import fsspec
+import fsspec.implementations.memory
+import pytest
+
+from arcond_jax.data import copies
+
+LARGE = os.urandom(copies.DESCRIPTION_BYTES + 1)
+
+
+@pytest.fixture
+def bucket():
+    """A bucket without its network: fsspec's own file system in memory, by the name of Google's."""
+    fsspec.register_implementation("gcs", Memory, clobber=True)
+    Memory.reads = []
+    fs = Memory()
+    fs.store.clear()
+    yield fs
+    fs.store.clear()
+
+
+class Memory(fsspec.implementations.memory.MemoryFileSystem):
+    reads: typing.ClassVar[list[str]] = []
+    protocol = ("gcs", "gs")
+
+    def _open(self, path, mode="rb", **more):
+        if mode == "rb":
+            self.reads.append(path.rpartition("/")[2])
+        return super()._open(path, mode, **more)
+
+
+def local(tmp_path, max_bytes=10**9):
+    return copies.local("gs://bucket/data", copies=tmp_path / "copies", max_bytes=max_bytes)
+
+
+def test_a_folder_is_copied_once(bucket, tmp_path):
+    bucket.pipe({"gs://bucket/data/a.array_record": LARGE, "gs://bucket/data/manifest.json": b"1"})
+    bucket.pipe({"gs://bucket/data/progress/0.json": b"not needed"})
+    copy = local(tmp_path)
+    assert sorted(os.listdir(copy)) == ["a.array_record", "manifest.json"]
+    assert (copy / "a.array_record").read_bytes() == LARGE
+    bucket.reads.clear()
+    assert local(tmp_path) == copy
+    assert bucket.reads == ["manifest.json"]
+
+
+def test_a_cut_off_file_is_copied_again_and_so_is_everything_of_another_manifest(bucket, tmp_path):
+    bucket.pipe({"gs://bucket/data/a.array_record": LARGE, "gs://bucket/data/manifest.json": b"1"})
+    copy = local(tmp_path)
+    (copy / "a.array_record").write_bytes(LARGE[:-1])
+    assert (local(tmp_path) / "a.array_record").read_bytes() == LARGE
+    other = LARGE[::-1]  # of the same size
+    bucket.pipe({"gs://bucket/data/a.array_record": other, "gs://bucket/data/manifest.json": b"2"})
+    assert (local(tmp_path) / "a.array_record").read_bytes() == other
+    assert (copy / "manifest.json").read_bytes() == b"2"
+
+
+def test_what_is_not_there_or_too_large_is_refused(bucket, tmp_path):
+    with pytest.raises(ValueError, match="gs://bucket/data does not exist"):
+        local(tmp_path)
+    bucket.pipe({"gs://bucket/data/a.array_record": LARGE})
+    with pytest.raises(ValueError, match=r"holds 0\.00105 GB, more than the 0\.001 GB of"):
+        local(tmp_path, max_bytes=10**6)
+    assert not (tmp_path / "copies").exists()
