@@ -12,6 +12,7 @@ COMMANDS = (
     "demo",
     "config",
     "prepare",
+    "encode",
     "train",
     "calibrate",
     "captions",
