@@ -3,6 +3,10 @@
 import functools
 import json
 import os
+import random
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -13,7 +17,7 @@ import tiny
 from arcond_jax import build, checkpoint, types
 from arcond_jax.build import data as data_lib
 from arcond_jax.cli import main as cli
-from arcond_jax.data import folder, images, pipeline, stored
+from arcond_jax.data import folder, images, pipeline, records, stored
 from arcond_jax.data import views as views_lib
 from arcond_jax.run import caching
 
@@ -31,11 +35,11 @@ FLIP, TEN = views_lib.Views("flip"), views_lib.Views("ten", (1.05, 1.5))
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     """A program for one of the eight devices compiles in half the time."""
-    one = jax.local_devices()[:1]
+    every = jax.local_devices()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jax, "devices", lambda: one)
-        patched.setattr(jax, "local_devices", lambda: one)
-        yield
+        for name in ("devices", "local_devices"):
+            patched.setattr(jax, name, lambda: every[:1])
+        yield every
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +114,7 @@ def batches(config, count=4):
         ("kl", "float16"),
         ("vq", "uint16"),
         pytest.param("maskgit_vq", "uint16", marks=pytest.mark.slow),
-        pytest.param("lfq", "uint32", marks=pytest.mark.slow),
+        ("lfq", "uint32"),
     ],
 )
 def test_a_batch_of_the_cache_has_the_tokens_of_its_images(
@@ -202,6 +206,55 @@ def test_stopped_and_divided_among_processes_it_is_the_same(
     os.truncate(shards[2], 100)
     (out / f".{shards[1].name}.1234").write_bytes(b"half")
     assert caching.encode(*arguments)[0]["complete"] and contents(out) == contents(codes)
+
+
+@pytest.mark.slow
+def test_many_devices_encode_what_one_does(
+    unpacked, weights, codes, tmp_path, one_device, monkeypatch
+):
+    monkeypatch.setattr(jax, "local_devices", lambda: one_device)
+    options = caching.Options(FLIP, shard_images=3)
+    caching.encode(config_of("vq", weights("vq")), [unpacked], tmp_path / "out", options)
+    assert contents(tmp_path / "out") == contents(codes)
+
+
+ENCODE = """
+import pathlib, sys
+from arcond_jax import build
+from arcond_jax.run import caching
+
+out, index, count = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:])
+caching.encode(
+    build.load_config("digits:joint"), [], out, caching.Options(shard_images=12),
+    process_index=index, process_count=count)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
+    options = caching.Options(shard_images=12)
+    caching.encode(build.load_config("digits:joint"), [], tmp_path / "whole", options)
+    rng, out, kills = random.Random(0), tmp_path / "out", 0
+    for attempt in range(30):
+        count = 1 + attempt % 2  # one process, then two at once
+        started = len(list(out.glob("train-*.array_record")))
+        processes = [
+            subprocess.Popen([sys.executable, "-c", ENCODE, *map(str, (out, i, count))])
+            for i in range(count)
+        ]
+        until = time.monotonic() + 60
+        while len(list(out.glob("train-*.array_record"))) < started + 20 and any(
+            x.poll() is None for x in processes
+        ):
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0.0, 0.05))
+        for process in processes:
+            process.kill()
+        kills += sum(process.wait() != 0 for process in processes)
+        if records.read_manifest(out, kind=stored.KIND)["complete"]:
+            break
+    assert kills >= 3 and contents(out) == contents(tmp_path / "whole")
 
 
 def test_items_are_read_from_the_cache_in_the_order_of_images(codes, unpacked):
