@@ -144,7 +144,8 @@ def examples(config: Config, split: str) -> pipeline.Views:
 def _origin(directory: str | None) -> str:
     """The source of a cache, in words; empty if it is not there to say."""
     try:
-        manifest = records.read_manifest(pathlib.Path(directory or "").expanduser(), kind="tokens")
+        folder = pathlib.Path(directory or "").expanduser()
+        manifest = records.read_manifest(folder, kind=stored.KIND)
         return f" (it was encoded from {manifest['source']['name']})"
     except (ValueError, KeyError):
         return ""

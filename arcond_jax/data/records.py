@@ -32,6 +32,10 @@ from arcond_jax.data import images
 FORMAT = 1  # of the manifest and the records
 MANIFEST = "manifest.json"
 WRITERS = {"images": "arcond prepare", "tokens": "arcond encode"}  # by kind of content
+OTHERWISE = {  # where there is content of the other kind
+    "images": "read it by data.name=cache",
+    "tokens": "encode it by `arcond encode`, or read it by data.name=records",
+}
 WRITER_OPTIONS = "group_size:1,uncompressed"  # any record in one read; JPEG does not shrink
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 MAX_OPEN = 128  # files; many systems allow a process 256
@@ -179,7 +183,7 @@ def complete_manifest(folder: pathlib.Path, *, kind: str) -> dict[str, Any]:
     """The manifest of a folder to train on; raises ValueError if it is unfinished, or no `kind`."""
     manifest = read_manifest(folder, kind=kind)
     if manifest["kind"] != kind:
-        raise ValueError(f"{folder} holds {manifest['kind']}, not {kind}")
+        raise ValueError(f"{folder} holds {manifest['kind']}, not {kind}: {OTHERWISE[kind]}")
     if not manifest["complete"]:
         raise ValueError(
             f"{folder} is not finished: {again(kind)}, and it goes on where it stopped"

@@ -67,7 +67,8 @@ def settings(name, path, *more):
     own = {"kl": ("sampling.num_ar_steps=8",), "lfq": ("model.factor_sizes=(2,65536)",)}
     return (
         *(*tokenizer, *own.get(name, ()), f"tokenizer.path={path}", "training.dtype=float32"),
-        *("data.image_size=16", "data.num_classes=3", "data.batch_size=4", *more),
+        *("data.name=folder", "data.image_size=16", "data.num_classes=3", "data.batch_size=4"),
+        *more,
     )
 
 

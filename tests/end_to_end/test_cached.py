@@ -16,7 +16,7 @@ FLOAT32 = caching.Options(dtype="float32", shard_images=500)
 
 
 def cached_config(cache, variant="joint", *more):
-    given = {"data.name": "cache", "data.directory": str(cache), "data.views": "one"}
+    given = {"data.name": "cache", "data.directory": str(cache)}
     return build.with_overrides(build.changed(tiny.config(variant), given), more)
 
 
@@ -45,7 +45,7 @@ def test_another_tokenizer_is_refused_when_a_run_goes_on(run, tmp_path, copy_of,
     fitted = tiny.config("joint", "tokenizer.num_codes=8", "seed=1")
     caching.encode(fitted, [], tmp_path / "cache", FLOAT32)
     arguments = ["train", "--config", "digits:joint", "--workdir", copy_of(run, last_step=4)]
-    settings = (*tiny.overrides(), "data.name=cache", "data.views=one")
+    settings = (*tiny.overrides(), "data.name=cache")
     flags = [f"--config.{x}" for x in (*settings, f"data.directory={tmp_path / 'cache'}")]
     message = "cache was encoded by a tokenizer with parameters "
     assert_one_line([*arguments, *flags], capsys, tmp_path / "cache", message, "of this run are")
