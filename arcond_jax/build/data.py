@@ -116,7 +116,7 @@ def source(config: Config, split: str, *, image_size: int | None = None) -> pipe
     return made
 
 
-def examples(config: Config, split: str) -> pipeline.Views:
+def examples(config: Config, split: str) -> pipeline.Viewed:
     """Random access to what a model is trained on: images, or what is stored of them.
 
     Raises:

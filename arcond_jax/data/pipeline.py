@@ -45,10 +45,14 @@ class Source(Protocol):
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
-class Views(Protocol):
+class Viewed(Protocol):
     """Random access to one or several views of each image of a split: pixels, or what is stored.
 
     A view is the arrays that `arrays` names, and "label".
+
+    Attributes:
+      num_views: Of each image; training draws one of them.
+      arrays: Shape and type of each array of a view.
     """
 
     num_views: int
@@ -61,10 +65,9 @@ class Views(Protocol):
 
 
 class Mirrored:
-    """Each image as it is, and its mirror image."""
+    """Each image as it is and, as the second of two views, its mirror image."""
 
     def __init__(self, source: Source, num_views: int = 2):
-        """With one view, there is no mirror image."""
         self._source, self.num_views = source, num_views
         self.label_names = source.label_names
         self.arrays: Arrays = {"image": (tuple(source.image_shape), source.image_dtype)}
@@ -78,7 +81,7 @@ class Mirrored:
 
 
 def train_iterator(
-    source: Source | Views,
+    source: Source | Viewed,
     *,
     global_batch_size: int,
     seed: int,
@@ -196,7 +199,7 @@ class Ahead:
 
 
 def full_batches(
-    source: Source | Views,
+    source: Source | Viewed,
     batch_size: int,
     *,
     at_most: int | None = None,
@@ -237,7 +240,7 @@ def _num_cores() -> int:
 
 
 def load(
-    source: Source | Views,
+    source: Source | Viewed,
     indices: np.ndarray,
     readers: futures.Executor | None = None,
     views: np.ndarray | None = None,
@@ -264,8 +267,8 @@ def load(
     return batch
 
 
-def _with_views(source: Source | Views) -> Views:
-    return source if isinstance(source, Views) else Mirrored(source, num_views=1)
+def _with_views(source: Source | Viewed) -> Viewed:
+    return source if isinstance(source, Viewed) else Mirrored(source, num_views=1)
 
 
 def _read(source: Source, index: int) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ def pack(label: int, arrays: Mapping[str, Shaped[np.ndarray, "views ..."]]) -> b
 
 
 class Stored:
-    """Random access to the views of the images of a cache, as `pipeline.Views`.
+    """Random access to the views of the images of a cache, as `pipeline.Viewed`.
 
     Args:
       directory: What `arcond encode` wrote.

@@ -22,7 +22,7 @@ from arcond_jax.tokenizers import kl
 
 DTYPES = ("float16", "float32")  # of moments and latents
 SHARD_IMAGES = 8192  # 256 MB of moments of two views in float16
-ENCODED = 256  # images at a time, where memory allows them
+ENCODED = 128  # images at a time, where memory allows them
 MEASURED = 1024  # images that statistics are made of, spread over the split
 
 
@@ -51,7 +51,7 @@ class _Images:
 
 
 class _AllViews:
-    """All views of an image as one array, as `pipeline.Views`."""
+    """All views of an image as one array, as `pipeline.Viewed`."""
 
     num_views = 1
 
@@ -116,12 +116,8 @@ def encode(
         "tokenizer": tokens.described(config, tokenizer),
         "image_size": config.data.image_size,
         "crop": "adm",
-        "views": {
-            "kind": views.kind,
-            "crop_ranges": list(views.crop_ranges),
-            "names": list(views.names),
-        },
-        "class_names": list(source.label_names),
+        "views": dataclasses.asdict(views) | {"names": views.names},
+        "class_names": source.label_names,
         "source": {"name": found.name, "count": len(source), "sha256": found.sha256},
     }
     plan = sharded.begin(out, plan, shards)
@@ -159,7 +155,7 @@ def _check_views(config: build.Config, views: views_lib.Views) -> None:
         )
 
 
-def _check_classes(config: build.Config, source: pipeline.Views) -> None:
+def _check_classes(config: build.Config, source: pipeline.Viewed) -> None:
     if len(source.label_names) != config.data.num_classes:
         raise build.ConfigError(
             f"the source has {len(source.label_names)} classes, data.num_classes is "
