@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -108,7 +109,7 @@ def encode(
     source = _AllViews(found, views, config.data.image_size)
     _check_classes(config, source)
     tokenizer = _tokenizer(config, found, out)
-    encoder = _Encoder(config, tokenizer, source, options.dtype)
+    encoder = _Encoder(config, tokenizer, source, options)
     shards = sharded.cut("train", range(0, len(source), options.shard_images), len(source))
     plan = {
         "kind": stored.KIND,
@@ -214,7 +215,11 @@ class _Encoder:
     """All views of a batch of images to arrays of the tokenizer, on the devices of this process."""
 
     def __init__(
-        self, config: build.Config, tokenizer: types.Tokenizer, source: _AllViews, dtype: str
+        self,
+        config: build.Config,
+        tokenizer: types.Tokenizer,
+        source: _AllViews,
+        options: Options,
     ) -> None:
         self._mesh = mesh_lib.make_mesh(devices=jax.local_devices())
         self._tokenizer = jax.device_put(tokenizer, mesh_lib.replicated(self._mesh))
@@ -228,7 +233,7 @@ class _Encoder:
             )
             kept = {x.name: getattr(of_view, x.name) for x in dataclasses.fields(of_view)}
             return {
-                name: x.swapaxes(0, 1).astype(types_of.get(name, dtype))
+                name: x.swapaxes(0, 1).astype(types_of.get(name, options.dtype))
                 for name, x in kept.items()
                 if x is not None
             }
@@ -241,7 +246,9 @@ class _Encoder:
             image = jax.ShapeDtypeStruct((size, *shape), pixels, sharding=place)
             return self._run.lower(self._tokenizer, image)
 
-        self.batch_size = memory.batch_size(lower, len(source), at_most=ENCODED, mesh=self._mesh)
+        self.batch_size = memory.batch_size(
+            lower, min(len(source), options.shard_images), at_most=ENCODED, mesh=self._mesh
+        )
         self.arrays = lower(self.batch_size).out_info
 
     def described(self) -> dict[str, Any]:
@@ -261,7 +268,7 @@ def _write(
     out: pathlib.Path,
     shard: sharded.Shard,
     encoder: _Encoder,
-    readers: Any,
+    readers: futures.Executor | None,
     progress: sharded.Progress,
 ) -> None:
     """Writes a shard, and then what is known of it."""
@@ -279,7 +286,7 @@ def _write(
 
 
 def _encoded(
-    shard: sharded.Shard, encoder: _Encoder, readers: Any
+    shard: sharded.Shard, encoder: _Encoder, readers: futures.Executor | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The rows of a shard; a batch is read while the device is at the one before.
 
@@ -317,6 +324,8 @@ def statistics(cache: stored.Stored) -> dict[str, float]:
       "latent scale", by which they come to a standard deviation of 1, where there are latents; and
       "var(x | y) / var(x)", the share of their variance that codes leave, where there are both.
     """
+    if not {"moments", "latents"} & cache.arrays.keys():
+        return {}
     count = min(len(cache), MEASURED)
     chosen = np.arange(count) * len(cache) // count
     rows = [cache.view(int(i), view) for i in chosen for view in range(cache.num_views)]
@@ -325,8 +334,6 @@ def statistics(cache: stored.Stored) -> dict[str, float]:
         mean, log_variance = np.split(moments, 2, axis=-1)
         variance = mean.var() + np.exp(np.clip(log_variance, *kl.LOG_VARIANCES)).mean()
         return {"latent scale": float(variance**-0.5)}
-    if "latents" not in cache.arrays:
-        return {}
     latents = np.stack([row["latents"] for row in rows]).astype(np.float64)
     found = {"latent scale": float(latents.std() ** -1)}
     if "codes" in cache.arrays:
