@@ -27,13 +27,15 @@ A batch goes: image --tokenizer--> Tokens --generator--> loss, and back: prompt 
 --tokenizer--> image. Images are float32 in [-1, 1], NHWC; uint8 only at both ends.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt, UInt8
 
 Params = Any  # a plain tree of arrays
 Metrics = dict[str, Array]  # scalars, averaged over the steps between two log lines
@@ -76,14 +78,40 @@ def num_rows(prompt: Prompt) -> int:
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
 @flax.struct.dataclass
+class Stored:
+    """What a tokenizer makes of images once and for all, of any precision.
+
+    Attributes:
+      moments: Of latents that are a draw: mean and log variance, without the latents' scale.
+      latents, codes: The tokens of other tokenizers.
+    """
+
+    moments: Float[Array | np.ndarray, "b rows columns moments"] | None = None
+    latents: Float[Array | np.ndarray, "b l c"] | None = None
+    codes: Int[Array | np.ndarray, "b l"] | UInt[Array | np.ndarray, "b l"] | None = None
+
+
+@no_type_check  # jax rebuilds pytrees around shapes, axes and None
+@flax.struct.dataclass
 class Batch:
-    """What the data pipeline yields; images in [-1, 1], or in uint8 to be scaled on the device."""
+    """What the data pipeline yields: images, or what was stored of them.
+
+    Images are in [-1, 1], or in uint8 to be scaled on the device.
+    """
 
     image: (
         Float[Array | np.ndarray, "b height width channels"]
         | UInt8[Array | np.ndarray, "b height width channels"]
+        | None
     )
     prompt: Prompt
+    stored: Stored | None = None
+
+
+def batch_of(rows: Mapping[str, np.ndarray], prompt: Prompt) -> Batch:
+    """A batch of what the rows hold: "image", or fields of `Stored`."""
+    kept = {field.name: rows.get(field.name) for field in dataclasses.fields(Stored)}
+    return Batch(rows["image"], prompt) if "image" in rows else Batch(None, prompt, Stored(**kept))
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
@@ -125,6 +153,7 @@ class Tokenizer(Protocol):
     """Maps images to token grids and back.
 
     `rng` is for tokenizers whose latents are a draw given the image: without it they give the mode.
+    `encode` is `store` and then `tokens`; what lies between may be kept on a disk.
     `code_law` is None unless the tokenizer has codes and latents on one grid.
     """
 
@@ -134,6 +163,10 @@ class Tokenizer(Protocol):
     def encode(
         self, image: Float[Array, "b height width channels"], rng: Key[Array, ""] | None = None
     ) -> Tokens: ...
+
+    def store(self, image: Float[Array, "b height width channels"]) -> Stored: ...
+
+    def tokens(self, stored: Stored, rng: Key[Array, ""] | None = None) -> Tokens: ...
 
     def decode(self, tokens: Tokens) -> Float[Array, "b height width channels"]: ...
 

@@ -3,9 +3,12 @@
 Copies JPEG files of a folder (at any depth) into an image folder of its own, scaled if asked, and
 reads them from there. Times are those of all threads of the process, the least of several passes;
 only ratios within one run compare. Beside them the seconds on the clock, which other programs on
-the machine change.
+the machine change. With --cache, records of tokens in the place of images; with --steps, updates of
+models at full size, with the tokenizer in the step and from a cache (6 GB of memory, 15 minutes).
 
   python benchmarks/data.py ~/photographs --num_images 100 --image_size 256
+  python benchmarks/data.py --cache --num_images 2000 --batch_size 200
+  python benchmarks/data.py --steps --batch_size 2 --repeats 3
 """
 
 import argparse
@@ -16,12 +19,21 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from PIL import Image
 
-from arcond_jax.data import folder, images, pipeline
+from arcond_jax import build, types
+from arcond_jax.data import folder, images, pipeline, records, stored
+from arcond_jax.run import sharded
 
 THREADS = (0, 1, 2, 4)
+# One view's shape and type, and how many views there are: ImageNet at 256 pixels.
+CACHES = {
+    "moments, float16, flip": ("moments", (16, 16, 32), "float16", 2),
+    "codes, uint16, ten": ("codes", (256,), "uint16", 10),
+}
+MODELS = ("llamagen_b_256", "mar_base_imagenet256")
 
 
 def make_folder(found: list[pathlib.Path], out: pathlib.Path, shorter_side: int | None) -> None:
@@ -86,16 +98,116 @@ def passes(source: Counted, num_batches: int, batch_size: int) -> dict[str, Call
     return named
 
 
+def write_cache(
+    out: pathlib.Path, name: str, shape: tuple[int, ...], dtype: str, num_views: int, count: int
+) -> None:
+    """A cache of random numbers, complete but for what the trainer compares."""
+    shards, rng = sharded.cut("train", [0], count), np.random.default_rng(0)
+    plan = {"kind": stored.KIND, "class_names": ["0"], "views": {"names": ["view"] * num_views}}
+    plan = sharded.begin(out, plan | {"arrays": {name: {"shape": shape, "dtype": dtype}}}, shards)
+    array = (100 * rng.standard_normal((num_views, *shape))).astype(dtype)
+    rows = (stored.pack(0, {name: array}) for _ in range(count))
+    records.write_shard(out / shards[0].file, rows)
+    sharded.keep(out, shards[0], [0] * count)
+    sharded.finish(out, plan, shards, sharded.all_known(out, shards) or [])
+
+
+def cache_passes(
+    source: stored.Stored, num_batches: int, batch_size: int
+) -> dict[str, Callable[[], None]]:
+    """What is timed of a cache: each reads every image once."""
+    order = np.random.default_rng(0).permutation(len(source)).tolist()
+
+    def views() -> None:
+        for index in order:
+            source.view(index, index % source.num_views)
+
+    def batches() -> None:
+        iterator = pipeline.train_iterator(
+            source, global_batch_size=batch_size, seed=0, num_threads=0
+        )
+        for _ in range(num_batches):
+            next(iterator)
+
+    return {"record and view": views, "train_iterator, 0 threads": batches}
+
+
+def time_steps(batch_size: int, repeats: int) -> None:
+    """Prints seconds of an update with the tokenizer in it and from a cache, and their ratio."""
+    print(f"{'':26} images s  cache s  ratio, a batch of {batch_size}")
+    for name in MODELS:
+        given = ["training.dtype=float32", f"data.batch_size={batch_size}", "data.name=folder"]
+        config = build.load_config(name, given)
+        mesh, rng = build.mesh(config), np.random.default_rng(0)
+        tokenizer = jax.tree.map(
+            lambda x: (0.02 * rng.standard_normal(x.shape)).astype(x.dtype),  # noqa: B023
+            build.abstract_tokenizer(config),
+        )
+        shape, label = (batch_size, *build.image_shape(config)), np.zeros(batch_size, np.int32)
+        image = rng.integers(0, 256, shape, np.uint8)
+        kept = jax.jit(lambda tokenizer, x: tokenizer.store(images.as_float(x)))(tokenizer, image)
+        batches = {
+            "images": types.Batch(image, label),
+            "cache": types.Batch(None, label, jax.device_get(kept)),
+        }
+        step_fn, state = build.train_step(config, mesh, tokenizer), build.train_state(config, mesh)
+        least = dict.fromkeys(batches, np.inf)
+        for repeat in range(repeats + 1):  # the first one compiles
+            for kind, batch in batches.items():
+                start = time.perf_counter()
+                state, metrics = step_fn(state, tokenizer, batch)
+                jax.block_until_ready(metrics)
+                if repeat:
+                    least[kind] = min(least[kind], time.perf_counter() - start)
+        ratio = least["images"] / least["cache"]
+        print(f"{name:26} {least['images']:8.2f}  {least['cache']:7.2f}  {ratio:5.2f}", flush=True)
+
+
+def time_caches(num_images: int, batch_size: int, repeats: int) -> None:
+    """Prints CPU milliseconds an image of reading caches, in any order."""
+    print(f"{'':50} CPU ms  clock ms")
+    for title, (name, shape, dtype, num_views) in CACHES.items():
+        with tempfile.TemporaryDirectory() as out:
+            write_cache(pathlib.Path(out), name, shape, dtype, num_views, num_images)
+            source = stored.Stored(out)
+            named = cache_passes(source, num_images // batch_size, batch_size)
+            for what, (cpu, clock) in least_of(repeats, named).items():
+                each = 1e3 / num_images
+                print(f"{f'{title}: {what}':50} {cpu * each:6.4f}  {clock * each:8.4f}")
+
+
+def least_of(repeats: int, named: dict[str, Callable]) -> dict[str, tuple[float, float]]:
+    """Least CPU seconds, and seconds on the clock, of each pass."""
+    least = dict.fromkeys(named, (np.inf, np.inf))
+    for _ in range(repeats):
+        for name, run in named.items():
+            start = time.process_time(), time.perf_counter()
+            run()
+            taken = time.process_time() - start[0], time.perf_counter() - start[1]
+            least[name] = tuple(map(min, least[name], taken))
+    return least
+
+
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("folder", type=pathlib.Path, nargs="?")
+    parser.add_argument("--cache", action="store_true", help="time caches of tokens")
+    parser.add_argument("--steps", action="store_true", help="time updates of models")
     parser.add_argument("--num_images", type=int, default=100)
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--shorter_side", type=int, help="scale the photographs to it first")
     parser.add_argument("--batch_size", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if args.steps:
+        time_steps(args.batch_size, args.repeats)
+        return
+    if args.cache:
+        time_caches(args.num_images, args.batch_size, args.repeats)
+        return
+    if args.folder is None:
+        parser.error("give a folder of photographs, --cache or --steps")
     found = sorted(x for x in args.folder.expanduser().rglob("*") if x.suffix in (".jpg", ".jpeg"))
     num_batches = min(args.num_images, len(found)) // args.batch_size
     found = found[: num_batches * args.batch_size]
@@ -103,20 +215,13 @@ def main() -> None:
         make_folder(found, pathlib.Path(out), args.shorter_side)
         source = Counted(out, image_size=args.image_size)
         source.read = []
-        named = passes(source, num_batches, args.batch_size)
-        cpu, clock = dict.fromkeys(named, np.inf), dict.fromkeys(named, np.inf)
-        for _ in range(args.repeats):
-            for name, run in named.items():
-                start = time.process_time(), time.perf_counter()
-                run()
-                cpu[name] = min(cpu[name], time.process_time() - start[0])
-                clock[name] = min(clock[name], time.perf_counter() - start[1])
+        least = least_of(args.repeats, passes(source, num_batches, args.batch_size))
     print(f"{len(found)} images, {os.cpu_count()} cores, Pillow {Image.__version__}")
     print(f"{'':26} CPU ms  share of decode  clock ms")
-    for name in named:
+    for name, (cpu, clock) in least.items():
         each = 1e3 / len(found)
-        share = cpu["PIL decode"] / cpu[name]
-        print(f"{name:26} {cpu[name] * each:6.3f}  {share:15.3f}  {clock[name] * each:8.3f}")
+        share = least["PIL decode"][0] / cpu
+        print(f"{name:26} {cpu * each:6.3f}  {share:15.3f}  {clock * each:8.3f}")
 
 
 if __name__ == "__main__":

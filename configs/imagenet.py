@@ -1,6 +1,7 @@
 """What the ImageNet experiments share; a part of other configs, no experiment.
 
-`data.directory` holds train/<class>/ and val/<class>/, `tokenizer.path` the converted tokenizer.
+`data.directory` holds train/<class>/ and val/<class>/, or where the recipe is of ten crops what
+`arcond encode` made of them; `tokenizer.path` the converted tokenizer.
 """
 
 from arcond_jax import build
@@ -24,9 +25,12 @@ def of_latents(model: str, *, image_size: int = 256, transport: str = "none") ->
     return config
 
 
-def of_codes(model: str, tokenizer: str, *, batch_size: int, image_size: int = 256) -> build.Config:
-    """Codes of a tokenizer; the recipe is the caller's."""
-    config = build.config(model=model, tokenizer=tokenizer)
+def of_codes(
+    model: str, tokenizer: str, *, batch_size: int, image_size: int = 256, ten_crops: bool = False
+) -> build.Config:
+    """Codes of a tokenizer, of ten crops from a cache or of images; the recipe is the caller's."""
+    data = "cache" if ten_crops else "folder"
+    config = build.config(model=model, tokenizer=tokenizer, data=data)
     _images(config, batch_size=batch_size, image_size=image_size)
     config.training.checkpoint_every = 5 * (NUM_IMAGES // batch_size)
     return config
@@ -34,5 +38,9 @@ def of_codes(model: str, tokenizer: str, *, batch_size: int, image_size: int = 2
 
 def _images(config: build.Config, *, batch_size: int, image_size: int) -> None:
     config.data.update(image_size=image_size, num_channels=3, num_classes=1000)
-    config.data.update(batch_size=batch_size, random_flip=True)
+    config.data.batch_size = batch_size
+    if "views" in config.data:
+        config.data.views = "ten"
+    else:
+        config.data.random_flip = True
     config.training.update(dtype="bfloat16", log_every=100)

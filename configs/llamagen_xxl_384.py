@@ -3,12 +3,12 @@
 Paper:     Sun et al. (2024), "Autoregressive Model Beats Diffusion"
 Recipe:    autoregressive/train/train_c2i.py of FoundationVision/LlamaGen: 300 epochs at 256 images,
            AdamW (0.9, 0.95), constant 1e-4, weight decay 0.05, clipping at 1, dropout 0.1 of tokens
-           and branches, labels dropped 0.1. Departure: one centre crop and its mirror image in
-           place of ten crops; the average of weights is kept, and is 0.9999
+           and branches, labels dropped 0.1; ten crops. Departure: the average of weights is
+           kept, and is 0.9999
 Sampling:  guidance 1.75, temperature 1, no cuts
 Variants:  tensorar_v1 (FID 2.03, paper), tensorar_iclr, drafter (ours): see tensorar.py
 Command:   arcond train --config llamagen_xxl_384 --workdir runs/llamagen_xxl_384
-             --config.data.directory=IMAGENET --config.tokenizer.path=weights/vq16
+             --config.data.directory=CODES --config.tokenizer.path=weights/vq16
 Hardware:  not yet run
 Score:     not yet run; official weights in the official code: FID 2.34, resized to 256
 """

@@ -20,7 +20,7 @@ Drafter:   the same, with the model inside frozen and without dropout
 Sampling:  as the model inside; drafts are fed back (Algorithm 1). A drafter draws what the model
            draws, several codes a step with `--config.sampling.speculative=True`
 Command:   arcond train --config llamagen_b_256:tensorar_v1 --init weights/llamagen
-             --workdir runs/tensorar --config.data.directory=IMAGENET
+             --workdir runs/tensorar --config.data.directory=CODES
              --config.tokenizer.path=weights/vq16
 Hardware:  not yet run
 Score:     not yet run. FID in table 3 of v1, without and with windows, and parameters with them:

@@ -563,6 +563,18 @@ def test_sampling_loops():
         build.sampler(tiny.config(), num_known=3)
 
 
+def test_other_data_keep_whether_images_are_mirrored():
+    def switched(name, *overrides):
+        return build.load_config(name, overrides).data
+
+    assert switched("llamagen_b_256", "data.name=records").random_flip is True
+    assert switched("mar_base_imagenet256", "data.name=cache").views == "flip"
+    assert switched("digits:ar", "data.name=cache").views == "one"
+    assert switched("digits:ar", "data.name=cache", "data.views=ten").views == "ten"
+    once = build.load_config("digits:ar", ["data.name=cache"])
+    assert build.changed(once, {"data.name": "digits"}).data.random_flip is False
+
+
 if __name__ == "__main__":
     for name in CONFIGS:
         golden_path(name).write_text(dump(name))

@@ -12,7 +12,7 @@ looks like.
 """
 
 from arcond_jax.build.checking import check
-from arcond_jax.build.data import image_shape, source
+from arcond_jax.build.data import examples, image_shape, source
 from arcond_jax.build.defaults import config, with_windows
 from arcond_jax.build.family import Conditions, Family, Generator, Sampler, noise_codebook
 from arcond_jax.build.loading import changed, load_config, with_overrides
@@ -28,6 +28,7 @@ from arcond_jax.build.models import (
 from arcond_jax.build.official import Official
 from arcond_jax.build.tokens import (
     abstract_tokenizer,
+    check_cache,
     grid,
     num_codes,
     token_channels,
@@ -61,10 +62,12 @@ __all__ = [
     "abstract_tokenizer",
     "changed",
     "check",
+    "check_cache",
     "check_trained",
     "conditions",
     "config",
     "empty_bank",
+    "examples",
     "family_of",
     "generator",
     "grid",

@@ -1,5 +1,6 @@
-"""Images to train on and to compare with."""
+"""Images to train on and to compare with, or what was stored of them."""
 
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
@@ -7,19 +8,21 @@ from typing import Any
 
 from arcond_jax.build import keys
 from arcond_jax.config import Config, ConfigError
-from arcond_jax.data import digits, folder, images, pipeline, records, tfds
+from arcond_jax.data import digits, folder, images, pipeline, records, stored, tfds
+from arcond_jax.data import views as views_lib
 
 COMMON = {
     "image_size": keys.integer(8),  # pixels on a side
     "num_channels": keys.integer(1),
     "num_classes": keys.integer(10),
-    "random_flip": keys.flag(False),
     "batch_size": keys.integer(64),  # over all devices
     "num_threads": keys.integer(
         None, low=0, optional=True
     ),  # that read; a core of the process each
 }
+IMAGES = COMMON | {"random_flip": keys.flag(False)}
 PHOTOGRAPHS = {"resize": keys.choice("adm", images.RESIZES)}
+DIRECTORY = {"directory": keys.text(None, optional=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +31,20 @@ class Data:
 
     Attributes:
       section: Settings besides its name.
-      source: A split of it.
+      source: A split of its images; None where it holds none.
     """
 
     section: keys.Section
-    source: Callable[[Config, str], pipeline.Source]
+    source: Callable[[Config, str], pipeline.Source] | None
 
 
-def _directory(config: Config) -> pathlib.Path:
-    directory = config.data.directory
-    if directory is None:
-        raise ConfigError("data.directory is not set: give the folder that holds the images")
-    return pathlib.Path(directory).expanduser().absolute()
+def directory(config: Config) -> pathlib.Path:
+    """The folder of the data; raises ConfigError if none is named."""
+    named = config.data.directory
+    if named is None:
+        what = "`arcond encode` wrote" if config.data.name == "cache" else "holds the images"
+        raise ConfigError(f"data.directory is not set: give the folder that {what}")
+    return pathlib.Path(named).expanduser().absolute()
 
 
 def _square(config: Config) -> dict[str, Any]:
@@ -47,16 +52,16 @@ def _square(config: Config) -> dict[str, Any]:
 
 
 def _folder(config: Config, split: str) -> pipeline.Source:
-    return folder.ImageFolder(_directory(config), split, **_square(config))
+    return folder.ImageFolder(directory(config), split, **_square(config))
 
 
 def _records(config: Config, split: str) -> pipeline.Source:
-    return records.Records(_directory(config), split, **_square(config))
+    return records.Records(directory(config), split, **_square(config))
 
 
 def _tfds(config: Config, split: str) -> pipeline.Source:
     return tfds.Tfds(  # pyright: ignore[reportReturnType]  # its labels are read when asked for
-        _directory(config),
+        directory(config),
         split,
         train_split=config.data.train_split,
         held_out_split=config.data.held_out_split,
@@ -64,9 +69,9 @@ def _tfds(config: Config, split: str) -> pipeline.Source:
     )
 
 
-FILES = COMMON | PHOTOGRAPHS | {"directory": keys.text(None, optional=True)}
+FILES = IMAGES | PHOTOGRAPHS | DIRECTORY
 DATA: Mapping[str, Data] = {
-    "digits": Data(COMMON, lambda config, split: digits.Digits(split)),
+    "digits": Data(IMAGES, lambda config, split: digits.Digits(split)),
     "folder": Data(FILES, _folder),
     "records": Data(FILES, _records),
     "tfds": Data(
@@ -77,17 +82,29 @@ DATA: Mapping[str, Data] = {
         },
         _tfds,
     ),
+    "cache": Data(COMMON | DIRECTORY | {"views": keys.choice("flip", views_lib.KINDS)}, None),
 }
 
 
-def source(config: Config, split: str) -> pipeline.Source:
-    """Random access to a split ("train" or "held_out") of the config's dataset.
+def source(config: Config, split: str, *, image_size: int | None = None) -> pipeline.Source:
+    """Random access to the images of a split ("train" or "held_out") of the config's dataset.
+
+    Args:
+      image_size: None for the config's own.
 
     Raises:
-      ConfigError: There is no such dataset, or it is not what the config says.
+      ConfigError: There is no such dataset, it holds no images, or it is not what the config says.
     """
-    data = config.data
-    made = DATA[data.name].source(config, split)
+    if image_size is not None:
+        config = copy.deepcopy(config)
+        config.data.image_size = image_size
+    data, make = config.data, DATA[config.data.name].source
+    if make is None:
+        raise ConfigError(
+            f"data.name={data.name} holds no images{_origin(data.directory)}: give them by "
+            "--config.data.name=folder, records or tfds and --config.data.directory=IMAGES"
+        )
+    made = make(config, split)
     found = dict(num_classes=made.num_classes, image_shape=tuple(made.image_shape))
     wanted = dict(num_classes=data.num_classes, image_shape=image_shape(config))
     for name, value in wanted.items():
@@ -97,6 +114,41 @@ def source(config: Config, split: str) -> pipeline.Source:
                 f"the config says {value}"
             )
     return made
+
+
+def examples(config: Config, split: str) -> pipeline.Viewed:
+    """Random access to what a model is trained on: images, or what is stored of them.
+
+    Raises:
+      ConfigError: As of `source`, or a cache is not of what the config says.
+    """
+    if DATA[config.data.name].source is not None:
+        return pipeline.Mirrored(source(config, split), 1 + config.data.random_flip)
+    cache = directory(config)
+    made = stored.Stored(cache, split)
+    manifest, data = made.manifest, config.data
+    for name, found, wanted in (
+        ("tokenizer.name", manifest["tokenizer"]["name"], config.tokenizer.name),
+        ("data.num_classes", len(made.label_names), data.num_classes),
+        ("data.image_size", manifest["image_size"], data.image_size),
+        ("data.views", manifest["views"]["kind"], data.views),
+    ):
+        if found != wanted:
+            raise ConfigError(
+                f"{cache} was encoded with {name} {found}, the config says {wanted}: use the "
+                "same, or encode anew by `arcond encode`"
+            )
+    return made
+
+
+def _origin(directory: str | None) -> str:
+    """The source of a cache, in words; empty if it is not there to say."""
+    try:
+        folder = pathlib.Path(directory or "").expanduser()
+        manifest = records.read_manifest(folder, kind=stored.KIND)
+        return f" (it was encoded from {manifest['source']['name']})"
+    except (ValueError, KeyError):
+        return ""
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:

@@ -31,7 +31,8 @@ def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
 def changed(config: Config, settings: Mapping[str, Any]) -> Config:
     """A copy of a config with `section.key` set to values, checked.
 
-    What decides which settings there are, the kind of refinement and of data, goes first.
+    What decides which settings there are, the kind of refinement and of data, goes first. Other
+    data keep whether images are mirrored.
 
     Raises:
       ConfigError: an unknown key, a value of the wrong type, or one no part could work with.
@@ -45,6 +46,10 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
             )
         choices[defaults.CHOICES[name]] = defaults.chosen(name, settings[name])
     made, there = defaults.filled(config, **choices), defaults.sections(**choices)
+    if "views" in made.data and "random_flip" in config.data:
+        made.data.views = "flip" if config.data.random_flip else "one"
+    if "random_flip" in made.data and "views" in config.data:
+        made.data.random_flip = config.data.views != "one"
     for name, value in settings.items():
         if name not in defaults.CHOICES:
             _assign(made, name, value, there)

@@ -4,6 +4,7 @@ Each kind says what its section of a config holds, what tokens it gives, and how
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,18 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from arcond_jax import checkpoint, types
+from arcond_jax import checkpoint, digest, types
 from arcond_jax.build import data, keys
 from arcond_jax.build import official as official_lib
 from arcond_jax.config import Config, ConfigError
 from arcond_jax.convert import kl16, vq16
 from arcond_jax.convert import lfq as lfq_table
 from arcond_jax.convert import maskgit_vq as maskgit_vq_table
-from arcond_jax.data import images
+from arcond_jax.data import images, pipeline, records, stored
 from arcond_jax.tokenizers import kl, lfq, maskgit_vq, patches, vq
 from arcond_jax.tokenizers import network as network_lib
 
 WEIGHTS = "weights"  # within a folder of converted weights
+FITTED = "tokenizer"  # within a cache, a tokenizer that was fitted to its images
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MAX_PATCHES = 65_536  # to cluster, of images spread over the split
 
@@ -198,15 +200,20 @@ def tokenizer_network(config: Config) -> Any:
     return make(dtype=DTYPES[config.training.dtype], **sizes)
 
 
-def tokenizer(config: Config) -> types.Tokenizer:
-    """The tokenizer, fitted to the training split or read from weights.
+def tokenizer(config: Config, split: pipeline.Source | None = None) -> types.Tokenizer:
+    """The tokenizer, fitted to the training split or read from weights or from a cache.
+
+    Args:
+      split: To fit it to; None for that of the config.
 
     Raises:
       ConfigError: No weights are named.
       checkpoint.CheckpointError: They cannot be read, or are of another model.
     """
     if kind_of(config).network is None:
-        split = data.source(config, "train")
+        if split is None and config.data.name == "cache":
+            return fitted_in(data.directory(config), config)
+        split = split or data.source(config, "train")
         num_images = min(len(split), -(-MAX_PATCHES // int(np.prod(grid(config)))))
         chosen = np.linspace(0, len(split) - 1, num_images)
         return patches.fit(
@@ -229,6 +236,41 @@ def tokenizer(config: Config) -> types.Tokenizer:
 def abstract_tokenizer(config: Config) -> Any:
     """Shapes of the tokenizer, to restore a fitted or a converted one into."""
     return kind_of(config).abstract(config)
+
+
+def fitted_in(cache: pathlib.Path, config: Config) -> types.Tokenizer:
+    """The tokenizer that was fitted to the images of a cache, and is kept in it.
+
+    Raises:
+      checkpoint.CheckpointError: It cannot be read, or has other sizes.
+    """
+    return checkpoint.load_tree(str(cache / FITTED), abstract_tokenizer(config))
+
+
+def described(config: Config, made: types.Tokenizer) -> dict[str, Any]:
+    """What a cache says of its tokenizer: its kind and sizes, and a digest of its parameters."""
+    # Moments are kept before they are cut into tokens and scaled.
+    apart = APART if config.tokenizer.name == "kl" else ("name", "path")
+    return {
+        "name": config.tokenizer.name,
+        "sha256": digest.of_json(digest.of_tree(made)),
+        "dtype": config.training.dtype,
+        "network": {name: x for name, x in config.tokenizer.to_dict().items() if name not in apart},
+    }
+
+
+def check_cache(config: Config, made: types.Tokenizer) -> None:
+    """Raises ConfigError if the config trains on a cache that another tokenizer made."""
+    if config.data.name != "cache":
+        return
+    directory = data.directory(config)
+    found = records.read_manifest(directory, kind=stored.KIND)["tokenizer"]["sha256"]
+    ours = described(config, made)["sha256"]
+    if found != ours:
+        raise ConfigError(
+            f"{directory} was encoded by a tokenizer with parameters {found[:12]}, those of this "
+            f"run are {ours[:12]}: name the same tokenizer, or encode anew by `arcond encode`"
+        )
 
 
 def load_weights(directory: str, abstract: types.Params) -> types.Params:
@@ -270,21 +312,13 @@ def check_finite(params: types.Params, where: str) -> None:
 
 
 def tokens_of(
-    config: Config,
-) -> Callable[[types.Tokenizer, types.Batch, Key[Array, ""]], types.Tokens]:
-    """The function that makes the tokens of a training batch, on the device.
+    tokenizer: types.Tokenizer, batch: types.Batch, rng: Key[Array, ""] | None = None
+) -> types.Tokens:
+    """The tokens of a batch, of images or of what is stored of them, on the device.
 
-    Half of the images are mirrored where the config says so, and latents are drawn where the
-    tokenizer has a distribution of them.
+    Where the tokenizer has a distribution of them they are drawn, or its mode without `rng`.
     """
-    random_flip = config.data.random_flip
-
-    def tokens(tokenizer: types.Tokenizer, batch: types.Batch, rng: Key[Array, ""]) -> types.Tokens:
-        flip_rng, encode_rng = jax.random.split(rng)
-        image = images.as_float(batch.image)
-        if random_flip:
-            flipped = jax.random.bernoulli(flip_rng, 0.5, (image.shape[0], 1, 1, 1))
-            image = jnp.where(flipped, image[:, :, ::-1], image)
-        return tokenizer.encode(image, encode_rng)
-
-    return tokens
+    if batch.stored is not None:
+        return tokenizer.tokens(batch.stored, rng)
+    assert batch.image is not None
+    return tokenizer.encode(images.as_float(batch.image), rng)

@@ -110,7 +110,7 @@ def train_step(
     step = functools.partial(
         step_lib.train_step,
         generator=models.generator(config, fitted),
-        tokens_of=tokens.tokens_of(config),
+        tokens_of=tokens.tokens_of,
         optimizer=update,
         rate=rate,
         ema_decay=config.training.ema_decay,
@@ -136,7 +136,7 @@ def window_metrics(
     measures = functools.partial(
         step_lib.measures,
         metrics=models.generator(config, fitted).window_metrics,
-        tokens_of=tokens.tokens_of(config),
+        tokens_of=tokens.tokens_of,
         num_accumulations=config.training.num_accumulations,
     )
     places = mesh_lib.tree_shardings(abstract_state(config), on)

@@ -14,6 +14,7 @@ COMMANDS = (
     "demo",
     "config",
     "prepare",
+    "encode",
     "train",
     "calibrate",
     "captions",

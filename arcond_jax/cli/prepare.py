@@ -27,7 +27,7 @@ def _share(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -47,22 +47,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on_error", choices=("skip", "stop"), default="skip", help="at images that are damaged"
     )
     parser.add_argument(
-        "--resize", type=_count, metavar="PIXELS", help="keep crops of this size, lossless"
+        "--resize", type=count, metavar="PIXELS", help="keep crops of this size, lossless"
     )
     parser.add_argument(
         "--class_names", type=paths.file, metavar="FILE", help="a name a line, for ids alone"
     )
-    parser.add_argument("--shard_mb", type=_count, default=512, help="size of a shard")
-    parser.add_argument("--num_threads", type=_count, help="default: one a core")
+    parser.add_argument("--shard_mb", type=count, default=512, help="size of a shard")
+    parser.add_argument("--num_threads", type=count, help="default: one a core")
+    add_process_arguments(parser)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of commands that several processes run, on one folder."""
     parser.add_argument("--process_index", type=int, default=0)
-    parser.add_argument("--process_count", type=_count, default=1)
+    parser.add_argument("--process_count", type=count, default=1)
 
 
-def main(args: argparse.Namespace) -> None:
+def check_process(args: argparse.Namespace) -> None:
+    """Raises ValueError for an index beyond the count."""
     if not 0 <= args.process_index < args.process_count:
         raise ValueError(
             f"--process_index {args.process_index} must be 0 to {args.process_count - 1}"
         )
+
+
+def unfinished(out: pathlib.Path) -> str:
+    """What the other processes still have to do, in a line."""
+    return f"{out}: shards of other processes are missing; the last of them completes it"
+
+
+def main(args: argparse.Namespace) -> None:
+    check_process(args)
     manifest = preparing.prepare(
         args.source,
         args.out,
@@ -79,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
         process_count=args.process_count,
     )
     if not manifest["complete"]:
-        print(f"{args.out}: shards of other processes are missing; the last of them completes it")
+        print(unfinished(args.out))
         return
     counts = ", ".join(f"{x['records']} {name}" for name, x in manifest["splits"].items())
     failed = manifest["failed"]

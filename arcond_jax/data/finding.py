@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from arcond_jax.data import parquet, records, tars, unpacked
+from arcond_jax.data import parquet, records, tars, tfds, unpacked
 from arcond_jax.data.listing import Listing
 
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")
@@ -55,7 +55,7 @@ def _of_one(source: pathlib.Path) -> dict[str, Listing]:
         raise ValueError(f"{source} is not read: {what}")
     if records.is_prepared(source):
         raise ValueError(f"{source} is prepared already: train on it by data.name=records")
-    if list(source.glob("dataset_info.json")):
+    if tfds.is_prepared(source):
         raise ValueError(f"{source} was prepared by tfds: train on it as it is, by data.name=tfds")
     for ending, module in ((".parquet", parquet), (".tar", tars)):
         depths = (f"*{ending}", f"*/*{ending}")  # deeper are single images, a million perhaps

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from arcond_jax.data import folder
+from arcond_jax.data import folder, images
 
 VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 _LABELS = pathlib.Path(__file__).with_name("imagenet_validation.txt.gz")
@@ -69,6 +69,25 @@ class Listing:
             )
         table = np.asarray([places.get(name, -1) for name in self.class_names], np.int32)
         return dataclasses.replace(self, label=table[self.label], class_names=class_names)
+
+
+class Listed:
+    """Random access to the images of a listing; items and attributes are those of `ImageFolder`."""
+
+    image_dtype = np.dtype(np.uint8)
+
+    def __init__(self, listing: Listing, *, image_size: int):
+        self._listing, self.label = listing, listing.label
+        self.label_names, self.num_classes = listing.class_names, len(listing.class_names)
+        self.image_shape: tuple[int, int, int] = (image_size, image_size, 3)
+
+    def __len__(self) -> int:
+        return len(self._listing)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        name, encoded = self._listing.names[index], self._listing.read(index)
+        image = images.open_square(name, self.image_shape[0], num_channels=3, encoded=encoded)
+        return {"image": image, "label": self.label[index]}
 
 
 def held_out_of(listing: Listing, share: float, *, seed: int) -> tuple[Listing, Listing]:

@@ -5,6 +5,9 @@ or in float32 within [-1, 1] where 256 levels do not hold them; batches keep wha
 Training reads it shuffled and without end, evaluation once and in order. The shuffled order is a
 property of (source, seed, global batch size) alone, never of the number of processes, so a run
 that stops on 16 hosts continues on 4 with the same batches.
+
+A source may have several views of each image, such as its mirror image. Training takes one of them,
+by (seed, epoch, index) alone.
 """
 
 import math
@@ -23,6 +26,7 @@ PREFETCH_BYTES = 10**9
 PIECES = 32  # of a batch, which threads take one after another
 
 NumpyBatch = dict[str, np.ndarray]  # stacked items: "image" [b, height, width, channels], "label"
+Arrays = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and type of what items hold, by name
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -40,8 +44,44 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
 
+@runtime_checkable  # annotations are checked at run time in the tests
+class Viewed(Protocol):
+    """Random access to one or several views of each image of a split: pixels, or what is stored.
+
+    A view is the arrays that `arrays` names, and "label".
+
+    Attributes:
+      num_views: Of each image; training draws one of them.
+      arrays: Shape and type of each array of a view.
+    """
+
+    num_views: int
+    arrays: Arrays
+    label_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def view(self, index: int, view: int) -> dict[str, np.ndarray]: ...
+
+
+class Mirrored:
+    """Each image as it is and, as the second of two views, its mirror image."""
+
+    def __init__(self, source: Source, num_views: int = 2):
+        self._source, self.num_views = source, num_views
+        self.label_names = source.label_names
+        self.arrays: Arrays = {"image": (tuple(source.image_shape), source.image_dtype)}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def view(self, index: int, view: int) -> dict[str, np.ndarray]:
+        item = _read(self._source, index)
+        return item | {"image": item["image"][:, ::-1]} if view else item
+
+
 def train_iterator(
-    source: Source,
+    source: Source | Viewed,
     *,
     global_batch_size: int,
     seed: int,
@@ -52,15 +92,15 @@ def train_iterator(
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of this process, with a position that can be saved.
 
-    Every epoch is a new permutation of the whole source, and epochs follow each other without a
-    gap: a batch may hold the end of one and the start of the next. Process p gets rows
-    [p, p + 1) * global_batch_size / process_count of each global batch and loads only those, one
-    batch after another, the items of a batch by several threads.
+    Every epoch is a new permutation of the whole source, with views drawn anew, and epochs follow
+    each other without a gap: a batch may hold the end of one and the start of the next. Process p
+    gets rows [p, p + 1) * global_batch_size / process_count of each global batch and loads only
+    those, one batch after another, the items of a batch by several threads.
 
     Args:
-      source: The images; read from several threads at once.
+      source: The images, or views of them; read from several threads at once.
       global_batch_size: Images of a step over all processes; at most one epoch.
-      seed: Of the order.
+      seed: Of the order and of the views.
       process_index: Which rows this process gets; `jax.process_index()`.
       process_count: `jax.process_count()`; divides the batch size.
       num_threads: As of `pool`; with 0 nothing is loaded ahead.
@@ -87,16 +127,38 @@ def train_iterator(
     local_batch_size = global_batch_size // process_count
     rows = slice(process_index * local_batch_size, (process_index + 1) * local_batch_size)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    source, readers = _with_views(source), pool(num_threads)
+
+    def loaded(number: int, indices: np.ndarray) -> NumpyBatch:
+        positions = number * global_batch_size + np.arange(global_batch_size)[rows]
+        epochs = positions // len(source)
+        views = drawn_views(indices[rows], epochs, seed=seed, num_views=source.num_views)
+        return load(source, indices[rows], readers, views)
+
     # Indices are batched, and images loaded after the cut: sharding first would give each process
     # count its own order.
-    readers = pool(num_threads)
-    batches = order.batch(global_batch_size, drop_remainder=True).map(
-        lambda indices: load(source, indices[rows], readers)
-    )
-    batch_bytes = local_batch_size * math.prod(source.image_shape) * source.image_dtype.itemsize
+    batches = order.batch(global_batch_size, drop_remainder=True).map_with_index(loaded)
+    item_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in source.arrays.values())
+    batch_bytes = local_batch_size * item_bytes
     ahead = min(max(1, prefetch_bytes // batch_bytes), PREFETCH_BATCHES) if readers else 0
     options = grain.ReadOptions(num_threads=1 if readers else 0, prefetch_buffer_size=ahead)
     return iter(batches.to_iter_dataset(options))
+
+
+def drawn_views(
+    indices: np.ndarray, epochs: np.ndarray, *, seed: int, num_views: int
+) -> np.ndarray:
+    """The view of each item in its epoch, drawn evenly from (seed, epoch, index) alone; int64.
+
+    Source: the mixing function of SplitMix64 (Steele, Lea and Flood, 2014), once for each of them.
+    """
+    bits = np.zeros(len(indices), np.uint64)
+    for number in (np.full_like(indices, seed), epochs, indices):
+        bits = (bits ^ number.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        bits = bits ^ (bits >> np.uint64(31))
+    return (bits % np.uint64(num_views)).astype(np.int64)
 
 
 class Ahead:
@@ -137,9 +199,13 @@ class Ahead:
 
 
 def full_batches(
-    source: Source, batch_size: int, *, at_most: int | None = None, num_threads: int | None = 0
+    source: Source | Viewed,
+    batch_size: int,
+    *,
+    at_most: int | None = None,
+    num_threads: int | None = 0,
 ) -> Iterator[NumpyBatch]:
-    """One pass over a split in its own order, in batches of one shape.
+    """One pass over a split in its own order, in batches of one shape; the first view of each.
 
     With `at_most` it takes so many items, spread evenly over the split, which may be sorted.
 
@@ -174,21 +240,35 @@ def _num_cores() -> int:
 
 
 def load(
-    source: Source, indices: np.ndarray, readers: futures.Executor | None = None
+    source: Source | Viewed,
+    indices: np.ndarray,
+    readers: futures.Executor | None = None,
+    views: np.ndarray | None = None,
 ) -> NumpyBatch:
-    """The items of these indices, stacked; raises ValueError for one that cannot be read."""
-    image = np.empty((len(indices), *source.image_shape), source.image_dtype)
-    label = np.empty(len(indices), np.int32)
+    """The items of these indices, stacked; raises ValueError for one that cannot be read.
+
+    Args:
+      views: Of each; None for the first.
+    """
+    source = _with_views(source)
+    views = np.zeros(len(indices), np.int64) if views is None else views
+    arrays = source.arrays | {"label": ((), np.dtype(np.int32))}
+    batch = {name: np.empty((len(indices), *shape), x) for name, (shape, x) in arrays.items()}
 
     def read(rows: np.ndarray) -> None:
         for row in rows:
-            item = _read(source, int(indices[row]))
-            image[row], label[row] = item["image"], item["label"]
+            item = source.view(int(indices[row]), int(views[row]))
+            for name, array in batch.items():
+                array[row] = item[name]
 
     pieces = np.array_split(np.arange(len(indices)), min(PIECES, len(indices)))
     for _ in map(read, pieces) if readers is None else readers.map(read, pieces):
         pass  # an error comes out here
-    return {"image": image, "label": label}
+    return batch
+
+
+def _with_views(source: Source | Viewed) -> Viewed:
+    return source if isinstance(source, Viewed) else Mirrored(source, num_views=1)
 
 
 def _read(source: Source, index: int) -> dict[str, np.ndarray]:

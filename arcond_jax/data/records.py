@@ -31,12 +31,21 @@ from arcond_jax.data import images
 
 FORMAT = 1  # of the manifest and the records
 MANIFEST = "manifest.json"
-AGAIN = "run the same `arcond prepare` again"
+WRITERS = {"images": "arcond prepare", "tokens": "arcond encode"}  # by kind of content
+OTHERWISE = {  # where there is content of the other kind
+    "images": "read it by data.name=cache",
+    "tokens": "encode it by `arcond encode`, or read it by data.name=records",
+}
 WRITER_OPTIONS = "group_size:1,uncompressed"  # any record in one read; JPEG does not shrink
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 MAX_OPEN = 128  # files; many systems allow a process 256
-PACKAGES = ("arcond_jax", "array_record", "pillow")
+PACKAGES = ("arcond_jax", "array_record", "jax", "pillow")
 _HEADER = struct.Struct("<iH")
+
+
+def again(kind: str) -> str:
+    """What to do where content of a kind is unfinished or damaged."""
+    return f"run the same `{WRITERS[kind]}` again"
 
 
 def pack(label: int, name: str, encoded: bytes) -> bytes:
@@ -98,10 +107,11 @@ class Shards:
     Args:
       paths: Of the files.
       counts: Records of each.
+      kind: Of their content.
     """
 
-    def __init__(self, paths: Sequence[pathlib.Path], counts: Sequence[int]):
-        self._paths, self._counts = tuple(paths), tuple(counts)
+    def __init__(self, paths: Sequence[pathlib.Path], counts: Sequence[int], kind: str = "images"):
+        self._paths, self._counts, self._kind = tuple(paths), tuple(counts), kind
         self._starts = np.concatenate([[0], np.cumsum(self._counts)]).astype(np.int64)
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -120,7 +130,8 @@ class Shards:
         except (RuntimeError, IndexError) as error:
             text = " ".join(str(error).split())[:100]
             raise ValueError(
-                f"{self._paths[shard]} is damaged at record {row} ({text}): remove it, and {AGAIN}"
+                f"{self._paths[shard]} is damaged at record {row} ({text}): remove it, and "
+                f"{again(self._kind)}"
             ) from None
 
     def _reader(self, shard: int) -> Any:
@@ -140,37 +151,42 @@ class Shards:
 
 
 def is_prepared(folder: pathlib.Path) -> bool:
-    """Whether a folder was written by `arcond prepare`, to its end or not."""
+    """Whether a folder was written by `arcond prepare` or `arcond encode`, to its end or not."""
     return (folder / MANIFEST).is_file()
 
 
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+def read_manifest(folder: pathlib.Path, *, kind: str = "images") -> dict[str, Any]:
     """The manifest, complete or not; raises ValueError if it is missing or none of this format."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist: name a folder that `arcond prepare` wrote")
+        raise ValueError(f"{folder} does not exist: name a folder that `{WRITERS[kind]}` wrote")
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {MANIFEST}: name a folder that `arcond prepare` wrote, or prepare it "
-            f"by `arcond prepare --source {folder} --out PREPARED`"
+            f"{folder} has no {MANIFEST}: name a folder that `{WRITERS[kind]}` wrote, or make one "
+            f"by `{WRITERS[kind]} --source {folder} --out OUT`"
         )
     try:
         manifest = json.loads(path.read_text("utf-8"))
         version = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and {AGAIN}") from None
+        raise ValueError(f"{path} is damaged ({error}): remove it, and {again(kind)}") from None
     if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, this version reads {FORMAT}: prepare anew")
+        raise ValueError(
+            f"{path} has format {version}, this version reads {FORMAT}: make it anew by "
+            f"`{WRITERS[kind]}`"
+        )
     return manifest
 
 
 def complete_manifest(folder: pathlib.Path, *, kind: str) -> dict[str, Any]:
     """The manifest of a folder to train on; raises ValueError if it is unfinished, or no `kind`."""
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, kind=kind)
     if manifest["kind"] != kind:
-        raise ValueError(f"{folder} holds {manifest['kind']}, not {kind}")
+        raise ValueError(f"{folder} holds {manifest['kind']}, not {kind}: {OTHERWISE[kind]}")
     if not manifest["complete"]:
-        raise ValueError(f"{folder} is not finished: {AGAIN}, and it goes on where it stopped")
+        raise ValueError(
+            f"{folder} is not finished: {again(kind)}, and it goes on where it stopped"
+        )
     return manifest
 
 
@@ -190,11 +206,34 @@ def write_labels(folder: pathlib.Path, split: str, label: Int32[np.ndarray, " n"
     return hashlib.sha256(content.getvalue()).hexdigest()
 
 
-def _read_labels(folder: pathlib.Path, split: str, sha256: str) -> Int32[np.ndarray, " n"]:
+def open_split(
+    folder: pathlib.Path, manifest: dict[str, Any], split: str
+) -> tuple[Int32[np.ndarray, " n"], Shards]:
+    """Labels and records of a split.
+
+    Raises:
+      ValueError: There is no such split, or a file of it is missing or cut off.
+    """
+    kind, splits = manifest["kind"], manifest["splits"]
+    if split not in splits:
+        how = "prepare it with --held_out 0.05, or from a source that has one"
+        hint = f": {how}" if kind == "images" else ""
+        raise ValueError(f"{folder} has no split {split}, only {', '.join(splits)}{hint}")
+    shards = splits[split]["shards"]
+    for shard in shards:
+        _check_size(folder / shard["file"], shard["bytes"], kind)
+    label = _read_labels(folder, split, splits[split]["labels_sha256"], kind)
+    paths, counts = [folder / x["file"] for x in shards], [x["records"] for x in shards]
+    return label, Shards(paths, counts, kind)
+
+
+def _read_labels(
+    folder: pathlib.Path, split: str, sha256: str, kind: str
+) -> Int32[np.ndarray, " n"]:
     path = folder / f"{split}.labels.npy"
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{path} is {'damaged' if content else 'missing'}: {AGAIN}")
+        raise ValueError(f"{path} is {'damaged' if content else 'missing'}: {again(kind)}")
     return np.load(io.BytesIO(content))
 
 
@@ -224,29 +263,17 @@ class Records:
     ):
         root = pathlib.Path(directory)
         manifest = complete_manifest(root, kind="images")
-        if split not in manifest["splits"]:
-            raise ValueError(
-                f"{root} has no split {split}, only {', '.join(manifest['splits'])}: prepare it "
-                "with --held_out 0.05, or from a source that has one"
-            )
         stored = manifest["image_size"]
         if stored is not None and image_size > stored:
             raise ValueError(
                 f"{root} holds crops of {stored} pixels, data.image_size is {image_size}: prepare "
                 f"it with --resize {image_size} or without --resize"
             )
-        found = manifest["splits"][split]
-        for shard in found["shards"]:
-            _check_size(root / shard["file"], shard["bytes"])
-        self.label = _read_labels(root, split, found["labels_sha256"])
+        self.label, self._shards = open_split(root, manifest, split)
         self.label_names = tuple(manifest["class_names"])
         self.num_classes = len(self.label_names)
         self.image_shape: tuple[int, int, int] = (image_size, image_size, 3)
         self.resize = resize
-        self._shards = Shards(
-            [root / shard["file"] for shard in found["shards"]],
-            [shard["records"] for shard in found["shards"]],
-        )
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -261,11 +288,11 @@ class Records:
         return {"image": image, "label": self.label[index]}
 
 
-def _check_size(path: pathlib.Path, size: int) -> None:
+def _check_size(path: pathlib.Path, size: int, kind: str) -> None:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {AGAIN}")
+        raise ValueError(f"{path} is missing: {again(kind)}")
     if path.stat().st_size != size:
         raise ValueError(
             f"{path} has {path.stat().st_size} bytes, the manifest says {size}: remove it, and "
-            f"{AGAIN}"
+            f"{again(kind)}"
         )

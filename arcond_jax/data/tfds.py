@@ -15,6 +15,11 @@ from arcond_jax.data import images
 HELD_OUT = ("validation", "test")  # the first that there is, unless named
 
 
+def is_prepared(folder: pathlib.Path) -> bool:
+    """Whether a folder is a version of a data set that tensorflow-datasets prepared."""
+    return (folder / "dataset_info.json").is_file()
+
+
 class Tfds:
     """Random access to a split; items and attributes are those of `ImageFolder`.
 
@@ -49,7 +54,7 @@ class Tfds:
                 "data.name=tfds needs tensorflow-datasets: pip install 'arcond_jax[tfds]'"
             ) from None
         root = pathlib.Path(directory)
-        if not (root / "dataset_info.json").is_file():
+        if not is_prepared(root):
             raise ValueError(
                 f"{root} has no dataset_info.json: name the folder of a version, such as "
                 "tensorflow_datasets/imagenet2012/5.1.0"

@@ -1,33 +1,24 @@
-"""Images of any source into a folder of shards to train from: checked, resumable, on many hosts.
-
-The plan, which image goes into which shard, follows from the source and the settings alone. Shard s
-is written by process s modulo the number of processes, whole or not at all, so that a process that
-was killed goes on with the shard it was at, and all ways lead to the same bytes.
-"""
+"""Images of any source into a folder of shards to train from: checked, resumable, on many hosts."""
 
 import collections
 import concurrent.futures
 import dataclasses
 import hashlib
 import io
-import json
 import logging
 import os
 import pathlib
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 from PIL import Image
 
 from arcond_jax import atomic
 from arcond_jax.data import finding, images, listing, records
+from arcond_jax.run import sharded
 
 SHARD_BYTES = 512 * 2**20
-PROGRESS = "progress"  # folder of what is known of each shard that is written
 FAILED = "failed.txt"
 AHEAD = 4  # images in work for each thread
 
@@ -51,16 +42,6 @@ class Options:
     stop_on_error: bool = False
     class_names: tuple[str, ...] | None = None
     shard_bytes: int = SHARD_BYTES
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """A shard of the plan: images [start, stop) of a split."""
-
-    split: str
-    file: str
-    start: int
-    stop: int
 
 
 def prepare(
@@ -89,30 +70,17 @@ def prepare(
       ValueError: The source cannot be listed, `out` holds something else, or an image cannot be
         read and `options.stop_on_error` is set.
     """
-    _check_out(sources, out)
+    sharded.check_out(sources, out)
     splits = _splits(sources, options)
     shards = _shards(splits, options)
-    manifest = _begin(out, _plan(sources, splits, shards, options))
-    mine = [shard for i, shard in enumerate(shards) if i % process_count == process_index]
-    done = [shard for shard in mine if _finished(out, shard) is not None]
-    progress = _Progress(mine, done)
+    plan = sharded.begin(out, _plan(sources, splits, options), shards)
+    missing, progress = sharded.unfinished(out, shards, process_index, process_count)
     num_threads = num_threads or os.cpu_count() or 1
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool, progress:
-        for shard in mine:
-            if shard not in done:
-                checked = _checked_in_order(pool, num_threads, splits, shard, options.resize)
-                _write(out, shard, splits[shard.split], checked, options, progress)
-    return _finish(out, shards, manifest)
-
-
-def _check_out(sources: Sequence[pathlib.Path], out: pathlib.Path) -> None:
-    if "://" in str(out) or str(out).startswith("gs:/"):
-        raise ValueError(f"{out} is a bucket: prepare into a local folder, and copy it there")
-    for source in sources:
-        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-            raise ValueError(f"{out} is inside of the source {source}: write to a folder beside it")
-    if out.exists() and not records.is_prepared(out) and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} holds something else: give a folder that is empty or not there")
+        for shard in missing:
+            checked = _checked_in_order(pool, num_threads, splits, shard, options.resize)
+            _write(out, shard, splits[shard.split], checked, options, progress)
+    return _finish(out, shards, plan)
 
 
 def _splits(sources: Sequence[pathlib.Path], options: Options) -> dict[str, listing.Listing]:
@@ -136,24 +104,20 @@ def _splits(sources: Sequence[pathlib.Path], options: Options) -> dict[str, list
     return splits
 
 
-def _shards(splits: dict[str, listing.Listing], options: Options) -> list[_Shard]:
+def _shards(splits: dict[str, listing.Listing], options: Options) -> list[sharded.Shard]:
     shards = []
     for name, split in splits.items():
         # Lossless WebP takes about 1.4 bytes a pixel.
         size = np.full(len(split), 1.4 * options.resize**2) if options.resize else split.size
         before = np.cumsum(size) - size
         _, starts = np.unique(before // options.shard_bytes, return_index=True)
-        stops = [*starts[1:].tolist(), len(split)]
-        for i, (start, stop) in enumerate(zip(starts.tolist(), stops, strict=True)):
-            file = f"{name}-{i:05d}-of-{len(starts):05d}.array_record"
-            shards.append(_Shard(name, file, start, stop))
+        shards += sharded.cut(name, starts.tolist(), len(split))
     return shards
 
 
 def _plan(
     sources: Sequence[pathlib.Path],
     splits: dict[str, listing.Listing],
-    shards: list[_Shard],
     options: Options,
 ) -> dict[str, Any]:
     """The manifest before anything is written; whoever goes on must come to the same one."""
@@ -164,7 +128,6 @@ def _plan(
     first = next(iter(splits.values()))
     return {
         "kind": "images",
-        "complete": False,
         "class_names": list(first.class_names),
         "image_size": options.resize,
         "source": {
@@ -173,44 +136,16 @@ def _plan(
             "count": {name: len(split) for name, split in splits.items()},
             "sha256": digest.hexdigest(),  # over split, label and name of every image
         },
-        "planned": {shard.file: shard.stop - shard.start for shard in shards},
     }
-
-
-def _begin(out: pathlib.Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Writes the plan, or checks that `out` was begun with the same one."""
-    if not records.is_prepared(out):
-        (out / PROGRESS).mkdir(parents=True, exist_ok=True)
-        records.write_manifest(out, plan)
-        return plan
-    begun = records.read_manifest(out)
-    for name, value in plan.items():
-        if name != "complete" and begun.get(name) != value:
-            was, now = (json.dumps(x.get(name))[:100] for x in (begun, plan))
-            raise ValueError(
-                f"{out} was begun with another {name} ({was}, now {now}): the source or the "
-                "settings have changed; write to another folder"
-            )
-    (out / PROGRESS).mkdir(exist_ok=True)
-    return plan
-
-
-def _finished(out: pathlib.Path, shard: _Shard) -> dict[str, Any] | None:
-    """What is known of a shard that lies there whole; None for any other."""
-    try:
-        known = json.loads((out / PROGRESS / f"{shard.file}.json").read_text("utf-8"))
-        return known if (out / shard.file).stat().st_size == known["bytes"] else None
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
 
 
 def _write(
     out: pathlib.Path,
-    shard: _Shard,
+    shard: sharded.Shard,
     split: listing.Listing,
     checked: Iterator[bytes | str],
     options: Options,
-    progress: "_Progress",
+    progress: sharded.Progress,
 ) -> None:
     """Writes a shard of the images that can be read, and then what is known of it."""
     label: list[int] = []
@@ -226,7 +161,7 @@ def _write(
                 label.append(int(split.label[row]))
                 yield records.pack(label[-1], split.names[row], content)
 
-    count = records.write_shard(out / shard.file, good())
+    records.write_shard(out / shard.file, good())
     if failed and options.stop_on_error:
         (out / shard.file).unlink()
         _write_failed(out, failed)
@@ -234,9 +169,7 @@ def _write(
             f"{failed[0][0]} {failed[0][1]}; {out / FAILED} lists all {len(failed)} of this shard: "
             "repair them, or leave them out by --on_error skip"
         )
-    size = (out / shard.file).stat().st_size
-    known = {"records": count, "bytes": size, "label": label, "failed": failed}
-    atomic.write_text(out / PROGRESS / f"{shard.file}.json", json.dumps(known))
+    sharded.keep(out, shard, label, failed=failed)
     progress.say(shard)
 
 
@@ -244,7 +177,7 @@ def _checked_in_order(
     pool: concurrent.futures.ThreadPoolExecutor,
     num_threads: int,
     splits: dict[str, listing.Listing],
-    shard: _Shard,
+    shard: sharded.Shard,
     resize: int | None,
 ) -> Iterator[bytes | str]:
     """`_checked` of the images of a shard; no more than a few are held at a time."""
@@ -275,46 +208,23 @@ def _checked(split: listing.Listing, row: int, resize: int | None) -> bytes | st
         return " ".join(str(error).removeprefix(f"{name} ").removeprefix(f"{name}: ").split())
 
 
-def _finish(out: pathlib.Path, shards: list[_Shard], plan: dict[str, Any]) -> dict[str, Any]:
+def _finish(out: pathlib.Path, shards: list[sharded.Shard], plan: dict[str, Any]) -> dict[str, Any]:
     """The complete manifest, written; or the plan, if shards are missing."""
-    found = [(shard, _finished(out, shard)) for shard in shards]
-    known = [(shard, x) for shard, x in found if x is not None]
-    if len(known) < len(shards):
+    known = sharded.all_known(out, shards)
+    if known is None:
         return plan
-    failed = [pair for _, x in known for pair in x["failed"]]
+    failed = [pair for x in known for pair in x["failed"]]
     _write_failed(out, failed)
-    splits = {
-        name: _split(out, name, [pair for pair in known if pair[0].split == name], plan)
-        for name in dict.fromkeys(shard.split for shard in shards)
+    trained = {
+        i for s, x in zip(shards, known, strict=True) if s.split == "train" for i in x["label"]
     }
-    manifest = plan | {"complete": True, "failed": len(failed), "splits": splits}
-    records.write_manifest(out, manifest)
-    return manifest
-
-
-def _split(
-    out: pathlib.Path,
-    name: str,
-    known: list[tuple[_Shard, dict[str, Any]]],
-    plan: dict[str, Any],
-) -> dict[str, Any]:
-    """What the manifest says of a split, whose labels are written."""
-    label = np.asarray([x for _, shard in known for x in shard["label"]], np.int32)
-    counts = np.bincount(label, minlength=len(plan["class_names"])).tolist()
-    if 0 in counts and name == "train":
-        empty = plan["class_names"][counts.index(0)]
-        raise ValueError(
-            f"no image of the class {empty!r} can be read (see {out / FAILED}): repair them, "
-            "or remove the class"
-        )
-    return {
-        "records": len(label),
-        "counts": counts,
-        "labels_sha256": records.write_labels(out, name, label),
-        "shards": [
-            {"file": shard.file, "records": x["records"], "bytes": x["bytes"]} for shard, x in known
-        ],
-    }
+    for label, name in enumerate(plan["class_names"]):
+        if trained and label not in trained:
+            raise ValueError(
+                f"no image of the class {name!r} can be read (see {out / FAILED}): repair them, or "
+                "remove the class"
+            )
+    return sharded.finish(out, plan, shards, known, failed=len(failed))
 
 
 def _write_failed(out: pathlib.Path, failed: list[list[str]]) -> None:
@@ -323,41 +233,3 @@ def _write_failed(out: pathlib.Path, failed: list[list[str]]) -> None:
         atomic.write_text(out / FAILED, "".join(f"{name}\t{why}\n" for name, why in failed))
     else:
         (out / FAILED).unlink(missing_ok=True)
-
-
-class _Progress:
-    """Images a second and time left: a bar on a terminal, else a line after each shard."""
-
-    def __init__(self, mine: list[_Shard], done: list[_Shard]):
-        self._total = sum(shard.stop - shard.start for shard in mine)
-        self._before = self._now = sum(shard.stop - shard.start for shard in done)
-        self._began = time.monotonic()
-        self._bar = tqdm.tqdm(
-            total=self._total,
-            initial=self._now,
-            unit=" images",
-            disable=not sys.stderr.isatty(),
-        )
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self) -> None:
-        self._now += 1
-        self._bar.update()
-
-    def say(self, shard: _Shard) -> None:
-        if not self._bar.disable:
-            return
-        rate = (self._now - self._before) / max(time.monotonic() - self._began, 1e-3)
-        logging.info(
-            "%s: %d of %d images, %.0f a second, %.1f minutes left",
-            shard.file,
-            self._now,
-            self._total,
-            rate,
-            (self._total - self._now) / rate / 60,
-        )

@@ -16,7 +16,7 @@ from arcond_jax import build, checkpoint, types
 from arcond_jax import config as config_lib
 from arcond_jax.build import defaults, migration
 from arcond_jax.build import transport as transport_lib
-from arcond_jax.data import images, pipeline
+from arcond_jax.data import pipeline
 from arcond_jax.parallel import compiled, processes
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run import drawing, restoring
@@ -52,20 +52,20 @@ def _condition_batches(
         raise build.ConfigError(f"model {name} has no condition for each token")
     generator = build.generator(trained.config, trained.tokenizer)
 
-    def run(params, tokenizer, image, prompt, rng):
-        tokens = tokenizer.encode(images.as_float(image))
-        return generator.conditions(params, tokens, prompt, rng, **needed.arguments)
+    def run(params, tokenizer, batch, rng):
+        tokens = build.tokens_of(tokenizer, batch)
+        return generator.conditions(params, tokens, batch.prompt, rng, **needed.arguments)
 
     run = compiled.Compiled(run, trained.mesh)
-    source = build.source(trained.config, split)
+    source = build.examples(trained.config, split)
     batch_size = mesh_lib.spread_over(trained.mesh, CONDITIONS_BATCH)
     batches = pipeline.full_batches(
         source, batch_size, at_most=at_most, num_threads=trained.config.data.num_threads
     )
     for number, batch in enumerate(batches):
-        placed = processes.put_batch({k: batch[k] for k in ("image", "label")}, trained.mesh)
+        placed = processes.put_batch(types.batch_of(batch, batch["label"]), trained.mesh)
         rng = jax.random.fold_in(jax.random.key(CONDITIONS_SEED), number)
-        cond = run(trained.params, trained.tokenizer, placed["image"], placed["label"], rng)
+        cond = run(trained.params, trained.tokenizer, placed, rng)
         yield cond, batch["label"], batch["valid"]
 
 

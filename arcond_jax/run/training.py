@@ -101,6 +101,8 @@ def train(
 
 def _warn_of_held_out(config: build.Config) -> None:
     """Says now what `evaluate` would refuse after training; a run may have no held-out images."""
+    if config.data.name == "cache":
+        return
     try:
         build.source(config, "held_out")
     except folder.NoSplitError:
@@ -192,7 +194,9 @@ def _fresh(
             start_from, config, state.params, mesh, batches.class_names
         )
         state = state_lib.with_params(state, params)
-    return state, tokenizer or build.tokenizer(config)
+    tokenizer = tokenizer or build.tokenizer(config)
+    build.check_cache(config, tokenizer)
+    return state, tokenizer
 
 
 def _resumed(
@@ -207,6 +211,7 @@ def _resumed(
     restoring.check_same_run(config, saved, workdir)
     restoring.check_same_classes(batches.class_names, saved, workdir)
     restored = restoring.read_run(checkpoints, config, saved, batches.mesh, step=restart_from)
+    build.check_cache(config, restored.tokenizer)
     if not (isinstance(restored.data, dict) and type(restored.data.get("next_index")) is int):
         raise checkpoint.CheckpointError(
             f"The checkpoint of step {restored.step} in {workdir}/checkpoints is damaged (its data "
@@ -263,7 +268,7 @@ class _Batches:
         self, config: build.Config, mesh: Mesh, captions: captions_lib.Captions | None
     ) -> None:
         self.mesh, self._captions = mesh, captions
-        source = build.source(config, "train")
+        source = build.examples(config, "train")
         self.class_names = None if captions else tuple(source.label_names)
         iterator = pipeline.train_iterator(
             source,
@@ -283,7 +288,7 @@ class _Batches:
 
     def _place(self, rows: pipeline.NumpyBatch) -> types.Batch:
         prompt = captions_lib.prompt_of(rows["label"], self._captions)
-        return processes.put_batch(types.Batch(rows["image"], prompt), self.mesh)
+        return processes.put_batch(types.batch_of(rows, prompt), self.mesh)
 
     def get_state(self) -> dict[str, Any]:
         return self._ahead.get_state()

@@ -21,6 +21,7 @@ from arcond_jax.nn import conv, linear
 from arcond_jax.tokenizers import network as network_lib
 
 LATENT_SCALE = 0.2325  # of kl16.ckpt; MAR, engine_mar.py
+LOG_VARIANCES = (-30.0, 20.0)  # the source clamps them to
 
 
 class KLAutoencoder(nn.Module):
@@ -83,9 +84,9 @@ class KLAutoencoder(nn.Module):
 def split(
     moments: Float[Array, "... moments"],
 ) -> tuple[Float[Array, "... c"], Float[Array, "... c"]]:
-    """Mean and log variance, the latter clamped to [-30, 20] as in the source."""
+    """Mean and log variance, the latter clamped to `LOG_VARIANCES`."""
     mean, log_variance = jnp.split(moments, 2, axis=-1)
-    return mean, jnp.clip(log_variance, -30.0, 20.0)
+    return mean, jnp.clip(log_variance, *LOG_VARIANCES)
 
 
 def std(moments: Float[Array, "... moments"]) -> Float[Array, "... c"]:
@@ -141,8 +142,20 @@ class KL:
         self, image: Float[Array, "b height width channels"], rng: Key[Array, ""] | None = None
     ) -> types.Tokens:
         """Scaled latents: one draw from the posterior, or its mode without `rng`."""
+        return self.tokens(self.store(image), rng)
+
+    def store(self, image: Float[Array, "b height width channels"]) -> types.Stored:
+        """The moments of the posterior, before they are cut into tokens."""
         network_lib.check_image(image, self.image_size)
-        moments = network_lib.apply(self.network, self.params, image, method="moments")
+        return types.Stored(
+            moments=network_lib.apply(self.network, self.params, image, method="moments")
+        )
+
+    def tokens(self, stored: types.Stored, rng: Key[Array, ""] | None = None) -> types.Tokens:
+        """As `encode` does from images."""
+        if stored.moments is None:
+            raise ValueError("No moments are stored: store images with this tokenizer first.")
+        moments = jnp.asarray(stored.moments, jnp.float32)
         latents = split(moments)[0]
         if rng is not None:
             latents = sample(moments, jax.random.normal(rng, latents.shape))

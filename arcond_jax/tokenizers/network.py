@@ -48,9 +48,20 @@ class Coded:
         self, image: Float[Array, "b height width channels"], rng: Key[Array, ""] | None = None
     ) -> types.Tokens:
         """Codes of the image; there is nothing to draw, so `rng` changes nothing."""
+        return self.tokens(self.store(image), rng)
+
+    def store(self, image: Float[Array, "b height width channels"]) -> types.Stored:
+        """The codes."""
         check_image(image, self.image_size)
         codes = apply(self.network, self.params, image, method="to_codes")
-        return types.Tokens(codes=codes.reshape(len(image), -1))
+        return types.Stored(codes=codes.reshape(len(image), -1))
+
+    def tokens(self, stored: types.Stored, rng: Key[Array, ""] | None = None) -> types.Tokens:
+        """The codes as they are."""
+        del rng
+        if stored.codes is None:
+            raise ValueError("No codes are stored: store images with this tokenizer first.")
+        return types.Tokens(codes=jnp.asarray(stored.codes, jnp.int32))
 
     def decode(self, tokens: types.Tokens) -> Float[Array, "b height width channels"]:
         """The image of the codes; latents, if any, are not looked at."""

@@ -55,7 +55,10 @@ class Patches:
 
         Nothing is drawn, so `rng` is not looked at.
         """
-        del rng
+        return self.tokens(self.store(image), rng)
+
+    def store(self, image: Float[Array, "b height width channels"]) -> types.Stored:
+        """The tokens, as `encode` gives them."""
         if image.shape[1:] != self.image_shape:
             raise ValueError(
                 f"This tokenizer was fitted to images of shape {self.image_shape}, got"
@@ -63,7 +66,15 @@ class Patches:
             )
         latents = (_cut(image, self.patch_size) - self.mean) / self.std
         codes = None if self.codebook is None else _nearest(latents, self.codebook)
-        return types.Tokens(latents=latents, codes=codes)
+        return types.Stored(latents=latents, codes=codes)
+
+    def tokens(self, stored: types.Stored, rng: Key[Array, ""] | None = None) -> types.Tokens:
+        """What is stored, in full precision."""
+        del rng
+        if stored.latents is None or (stored.codes is None) != (self.codebook is None):
+            raise ValueError("Other kinds of token are stored: store images with this tokenizer.")
+        codes = None if stored.codes is None else jnp.asarray(stored.codes, jnp.int32)
+        return types.Tokens(latents=jnp.asarray(stored.latents, jnp.float32), codes=codes)
 
     def decode(self, tokens: types.Tokens) -> Float[Array, "b height width channels"]:
         """Pastes latents where there are any, else the centroids of the codes.

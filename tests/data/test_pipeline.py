@@ -121,6 +121,67 @@ def test_the_order_is_that_of_earlier_versions():
     assert np.concatenate(take(iterator, 5)).tolist() == order
 
 
+class Seen:
+    """Each item says which it is and which view was taken."""
+
+    num_views = 2
+    label_names = ("0",)
+
+    def __init__(self, length):
+        self.length = length
+        self.arrays = {"seen": ((2,), np.dtype(np.int64))}
+
+    def __len__(self):
+        return self.length
+
+    def view(self, index, view):
+        return {"seen": np.asarray([index, view]), "label": np.int32(0)}
+
+
+def test_views_depend_on_seed_epoch_and_index_alone():
+    def seen(batch_size, count, seed=3, **process):
+        iterator = pipeline.train_iterator(
+            Seen(10), global_batch_size=batch_size, seed=seed, num_threads=0, **process
+        )
+        return np.stack([batch["seen"] for batch in itertools.islice(iterator, count)])
+
+    alone = seen(4, 25)  # ten epochs; batches cross their ends
+    half = [seen(4, 25, process_index=i, process_count=2) for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(half, axis=1), alone)
+    np.testing.assert_array_equal(seen(10, 10).reshape(-1, 2), alone.reshape(-1, 2))
+    epochs = [dict(epoch) for epoch in alone.reshape(10, 10, 2).tolist()]
+    assert all(epoch != epochs[0] for epoch in epochs[1:])
+    assert dict(seen(10, 1, seed=4)[0].tolist()) != epochs[0]
+    # These numbers are those of every later version: runs go on with them.
+    assert [epochs[0][i] for i in range(10)] == [1, 1, 0, 1, 1, 1, 1, 0, 1, 1]
+
+
+def test_views_are_drawn_evenly():
+    for num_views in (2, 10):
+        indices = np.arange(20_000)
+        views = pipeline.drawn_views(indices, indices // 5000, seed=1, num_views=num_views)
+        counts = np.bincount(views, minlength=num_views)
+        expected = len(indices) / num_views
+        # A fair draw is further off with a chance below 1e-5.
+        assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+    first, second = (
+        pipeline.drawn_views(indices, np.full_like(indices, epoch), seed=1, num_views=2)
+        for epoch in (0, 1)
+    )
+    assert abs((first == second).mean() - 0.5) < 5 * 0.5 / np.sqrt(len(indices))
+
+
+def test_the_second_view_is_the_mirror_image():
+    source = digits.Digits("held_out")
+    mirrored = pipeline.Mirrored(source)
+    image = source[3]["image"]
+    np.testing.assert_array_equal(mirrored.view(3, 0)["image"], image)
+    np.testing.assert_array_equal(mirrored.view(3, 1)["image"], image[:, ::-1])
+    views = np.asarray([0, 1])
+    batch = pipeline.load(mirrored, np.asarray([3, 3]), views=views)
+    np.testing.assert_array_equal(batch["image"], [image, image[:, ::-1]])
+
+
 @pytest.mark.parametrize("num_threads", [None, 1, 4, 70])
 def test_threads_change_no_batch(num_threads):
     def batches(num_threads):

@@ -56,7 +56,8 @@ def llamagen(tmp_path_factory):
 def tune(llamagen, workdir, *more):
     overrides = [f"--config.{x}" for x in overrides_of("llamagen")]
     flags = ["--config", FAMILIES["llamagen"][0], *overrides]
-    places = (f"data.directory={llamagen / 'flowers'}", f"tokenizer.path={llamagen / 'vq_weights'}")
+    places = ("data.name=folder", f"data.directory={llamagen / 'flowers'}")
+    places += (f"tokenizer.path={llamagen / 'vq_weights'}",)
     init = ["--init", llamagen / "llamagen_weights"]
     return ["train", "--workdir", workdir, *flags, *short(*places), *init, *more]
 

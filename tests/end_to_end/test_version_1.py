@@ -44,6 +44,8 @@ def test_configs_are_those_of_today(name):
     path = f"{folder}:{variant}" if folder in ("digits", "tokenizers") else name
     old, new = saved.load(CONFIGS[name]), build.load_config(path)
     build.check(old)
+    if new.data.name == "cache":  # there were none
+        new = build.changed(new, {"data.name": "folder"})
     old, new = config_lib.flat(old), config_lib.flat(new)
     if folder == "tokenizers" or "t2i" in name:
         old, new = ({k: v for k, v in x.items() if not k.startswith(UNUSED)} for x in (old, new))

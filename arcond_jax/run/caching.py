@@ -1,0 +1,346 @@
+"""What the tokenizer of a config makes of images, encoded once into a cache to train from."""
+
+import collections
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+import jax
+import numpy as np
+
+from arcond_jax import build, checkpoint, types
+from arcond_jax.build import tokens
+from arcond_jax.data import finding, listing, pipeline, records, stored, tfds
+from arcond_jax.data import images as images_lib
+from arcond_jax.data import views as views_lib
+from arcond_jax.parallel import compiled, memory
+from arcond_jax.parallel import mesh as mesh_lib
+from arcond_jax.run import sharded
+from arcond_jax.tokenizers import kl
+
+DTYPES = ("float16", "float32")  # of moments and latents
+SHARD_IMAGES = 8192  # 256 MB of moments of two views in float16
+ENCODED = 128  # images at a time, where memory allows them
+MEASURED = 1024  # images that statistics are made of, spread over the split
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is kept of the images.
+
+    Attributes:
+      views: Those of the config by default.
+      dtype: Of moments and latents, of `DTYPES`.
+      shard_images: Images of a shard.
+    """
+
+    views: views_lib.Views | None = None
+    dtype: str = "float16"
+    shard_images: int = SHARD_IMAGES
+
+
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """Where images come from: name, a digest of which they are, and a way to open them."""
+
+    name: str
+    sha256: str
+    of_size: Callable[[int], pipeline.Source]
+
+
+class _AllViews:
+    """All views of an image as one array, as `pipeline.Viewed`."""
+
+    num_views = 1
+
+    def __init__(self, found: _Images, views: views_lib.Views, size: int):
+        self._sources = [found.of_size(side) for side in views.sides(size)]
+        self._views, self._size, first = views, size, self._sources[0]
+        self.label_names = first.label_names
+        shape = (len(views.names), size, size, first.image_shape[2])
+        self.arrays: pipeline.Arrays = {"image": (shape, first.image_dtype)}
+
+    def __len__(self) -> int:
+        return len(self._sources[0])
+
+    def view(self, index: int, view: int) -> dict[str, np.ndarray]:
+        items = [source[index] for source in self._sources]
+        squares = [item["image"] for item in items]
+        return {"image": self._views.cut(squares, self._size), "label": items[0]["label"]}
+
+
+def encode(
+    config: build.Config,
+    sources: Sequence[pathlib.Path],
+    out: pathlib.Path,
+    options: Options = Options(),
+    *,
+    num_threads: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Writes the shards of this process, and the manifest once all shards are there.
+
+    Args:
+      config: Its tokenizer, at its image size, in `training.dtype`.
+      sources: As of `arcond prepare`, or one folder that it or tfds prepared; none for the data of
+        the config.
+      out: Folder to write, or to go on with.
+      num_threads: That read; as many as there are cores by default.
+      process_index, process_count: Which of how many processes this is; all of them see `out`.
+
+    Returns:
+      The manifest, whose `complete` is False while shards of other processes are missing; and once
+      it is True, `statistics` of the cache.
+
+    Raises:
+      ImportError: The source needs an extra.
+      OSError: `out` cannot be written to.
+      ValueError: The source cannot be read, `out` holds something else, or the config has no such
+        tokenizer or contradicts the views.
+    """
+    sharded.check_out(sources, out)
+    views = options.views or _views_of(config)
+    _check_views(config, views)
+    found = _images(config, sources)
+    source = _AllViews(found, views, config.data.image_size)
+    _check_classes(config, source)
+    tokenizer = _tokenizer(config, found, out)
+    encoder = _Encoder(config, tokenizer, source, options)
+    shards = sharded.cut("train", range(0, len(source), options.shard_images), len(source))
+    plan = {
+        "kind": stored.KIND,
+        "arrays": encoder.described(),
+        "tokenizer": tokens.described(config, tokenizer),
+        "image_size": config.data.image_size,
+        "crop": "adm",
+        "views": dataclasses.asdict(views) | {"names": views.names},
+        "class_names": source.label_names,
+        "source": {"name": found.name, "count": len(source), "sha256": found.sha256},
+    }
+    plan = sharded.begin(out, plan, shards)
+    fitted = tokens.kind_of(config).network is None
+    if fitted and process_index == 0 and not (out / tokens.FITTED).is_dir():
+        checkpoint.save_tree(str(out / tokens.FITTED), tokenizer, {})
+    missing, progress = sharded.unfinished(out, shards, process_index, process_count)
+    readers = pipeline.pool(num_threads)
+    with progress:
+        for shard in missing:
+            _write(out, shard, encoder, readers, progress)
+    known = sharded.all_known(out, shards)
+    if known is None:
+        return plan, {}
+    manifest = sharded.finish(out, plan, shards, known)
+    return manifest, statistics(stored.Stored(out))
+
+
+def _views_of(config: build.Config) -> views_lib.Views:
+    kind = config.data.get("views") or ("flip" if config.data.random_flip else "one")
+    return views_lib.Views(kind, (views_lib.CROP_RANGE,) if kind == "ten" else ())
+
+
+def _check_views(config: build.Config, views: views_lib.Views) -> None:
+    """Raises ConfigError for views that the config would not be trained on."""
+    named = config.data.get("views")
+    if named is not None and named != views.kind:
+        raise build.ConfigError(
+            f"--views {views.kind} contradicts data.views {named} of the config: change one of them"
+        )
+    if named is None and (views.kind != "one") != config.data.random_flip:
+        raise build.ConfigError(
+            f"--views {views.kind} contradicts data.random_flip {config.data.random_flip} of the "
+            "config: change one of them"
+        )
+
+
+def _check_classes(config: build.Config, source: pipeline.Viewed) -> None:
+    if len(source.label_names) != config.data.num_classes:
+        raise build.ConfigError(
+            f"the source has {len(source.label_names)} classes, data.num_classes is "
+            f"{config.data.num_classes}: set it to that, or take another source"
+        )
+
+
+def _images(config: build.Config, sources: Sequence[pathlib.Path]) -> _Images:
+    """The training images of the sources, or without any of the config."""
+    if not sources:
+        source = build.source(config, "train")
+        return _Images(
+            pathlib.Path(config.data.get("directory") or config.data.name).name,
+            _digest(source, ()),
+            lambda size: build.source(config, "train", image_size=size),
+        )
+    name, first = ", ".join(x.name for x in sources), sources[0]
+    if len(sources) == 1 and records.is_prepared(first):
+        manifest = records.complete_manifest(first, kind="images")
+        return _Images(
+            name,
+            manifest["source"]["sha256"],
+            lambda size: records.Records(first, image_size=size),
+        )
+    if len(sources) == 1 and tfds.is_prepared(first):
+        given = {"data.name": "tfds", "data.directory": str(first)}
+        return _images(build.changed(config, given), ())
+    splits = finding.find(sources)
+    if "train" not in splits:
+        raise ValueError(f"{name} has no train split: give the training images")
+    split = splits["train"]
+    return _Images(
+        name,
+        _digest(split, split.names),
+        lambda size: listing.Listed(split, image_size=size),
+    )
+
+
+def _digest(split: pipeline.Source | listing.Listing, names: Sequence[str]) -> str:
+    """SHA-256 over labels and, where they are known, names of the images."""
+    digest = hashlib.sha256(np.asarray(split.label, "<i4").tobytes())
+    digest.update("\n".join(names).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _tokenizer(config: build.Config, found: _Images, out: pathlib.Path) -> types.Tokenizer:
+    """The tokenizer: from weights, or fitted to the images, once."""
+    if tokens.kind_of(config).network is not None:
+        return build.tokenizer(config)
+    if (out / tokens.FITTED).is_dir():
+        return tokens.fitted_in(out, config)
+    return build.tokenizer(config, found.of_size(config.data.image_size))
+
+
+class _Encoder:
+    """All views of a batch of images to arrays of the tokenizer, on the devices of this process."""
+
+    def __init__(
+        self,
+        config: build.Config,
+        tokenizer: types.Tokenizer,
+        source: _AllViews,
+        options: Options,
+    ) -> None:
+        self._mesh = mesh_lib.make_mesh(devices=jax.local_devices())
+        self._tokenizer = jax.device_put(tokenizer, mesh_lib.replicated(self._mesh))
+        self.source = source
+        num_codes = build.num_codes(config) if "codes" in tokens.kind_of(config).gives else 0
+        types_of = {"codes": "uint16" if num_codes <= 2**16 else "uint32"}
+
+        def run(tokenizer: types.Tokenizer, image: jax.Array) -> dict[str, jax.Array]:
+            of_view = jax.lax.map(
+                lambda image: tokenizer.store(images_lib.as_float(image)), image.swapaxes(0, 1)
+            )
+            kept = {x.name: getattr(of_view, x.name) for x in dataclasses.fields(of_view)}
+            return {
+                name: x.swapaxes(0, 1).astype(types_of.get(name, options.dtype))
+                for name, x in kept.items()
+                if x is not None
+            }
+
+        place = mesh_lib.batch_sharding(self._mesh)
+        self._run = compiled.Compiled(run, self._mesh, out_shardings=place)
+
+        def lower(size: int) -> jax.stages.Lowered:
+            shape, pixels = source.arrays["image"]
+            image = jax.ShapeDtypeStruct((size, *shape), pixels, sharding=place)
+            return self._run.lower(self._tokenizer, image)
+
+        self.batch_size = memory.batch_size(
+            lower, min(len(source), options.shard_images), at_most=ENCODED, mesh=self._mesh
+        )
+        self.arrays = lower(self.batch_size).out_info
+
+    def described(self) -> dict[str, Any]:
+        """Shape of one view and type, of each array."""
+        return {
+            name: {"shape": list(x.shape[2:]), "dtype": x.dtype.name}
+            for name, x in self.arrays.items()
+        }
+
+    def __call__(self, image: np.ndarray) -> dict[str, jax.Array]:
+        """Starts the device on a batch."""
+        placed = jax.device_put(image, mesh_lib.batch_sharding(self._mesh))
+        return self._run(self._tokenizer, placed)
+
+
+def _write(
+    out: pathlib.Path,
+    shard: sharded.Shard,
+    encoder: _Encoder,
+    readers: futures.Executor | None,
+    progress: sharded.Progress,
+) -> None:
+    """Writes a shard, and then what is known of it."""
+    label: list[int] = []
+
+    def packed() -> Iterator[bytes]:
+        for row in _encoded(shard, encoder, readers):
+            progress.add()
+            label.append(int(row.pop("label")))
+            yield stored.pack(label[-1], row)
+
+    records.write_shard(out / shard.file, packed())
+    sharded.keep(out, shard, label)
+    progress.say(shard)
+
+
+def _encoded(
+    shard: sharded.Shard, encoder: _Encoder, readers: futures.Executor | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of a shard; a batch is read while the device is at the one before.
+
+    Batches begin with the shard, so that its bytes do not depend on what was encoded before it.
+    """
+    running, size = collections.deque(), encoder.batch_size
+    for start in range(shard.start, shard.stop, size):
+        indices = np.arange(start, min(start + size, shard.stop))
+        loaded = pipeline.load(encoder.source, np.resize(indices, size), readers)
+        running.append((indices, encoder(loaded["image"]), loaded["label"]))
+        if len(running) > 1:
+            yield from _rows(*running.popleft())
+    yield from _rows(*running.popleft())
+
+
+def _rows(
+    indices: np.ndarray, arrays: dict[str, jax.Array], label: np.ndarray
+) -> Iterator[dict[str, np.ndarray]]:
+    found = {name: np.asarray(x) for name, x in arrays.items()}
+    for row, index in enumerate(indices):
+        item = {name: x[row] for name, x in found.items()}
+        for name, x in item.items():
+            if not np.isfinite(x).all():
+                raise ValueError(
+                    f"image {index} has {name} that {x.dtype} does not hold: look at the "
+                    "tokenizer, or take --dtype float32"
+                )
+        yield item | {"label": label[row]}
+
+
+def statistics(cache: stored.Stored) -> dict[str, float]:
+    """What the latents of a cache are like, from images spread over it and all their views.
+
+    Returns:
+      "latent scale", by which they come to a standard deviation of 1, where there are latents; and
+      "var(x | y) / var(x)", the share of their variance that codes leave, where there are both.
+    """
+    if not {"moments", "latents"} & cache.arrays.keys():
+        return {}
+    count = min(len(cache), MEASURED)
+    chosen = np.arange(count) * len(cache) // count
+    rows = [cache.view(int(i), view) for i in chosen for view in range(cache.num_views)]
+    if "moments" in cache.arrays:
+        moments = np.stack([row["moments"] for row in rows]).astype(np.float64)
+        mean, log_variance = np.split(moments, 2, axis=-1)
+        variance = mean.var() + np.exp(np.clip(log_variance, *kl.LOG_VARIANCES)).mean()
+        return {"latent scale": float(variance**-0.5)}
+    latents = np.stack([row["latents"] for row in rows]).astype(np.float64)
+    found = {"latent scale": float(latents.std() ** -1)}
+    if "codes" in cache.arrays:
+        x, codes = latents.reshape(-1, latents.shape[-1]), np.stack([r["codes"] for r in rows])
+        _, code, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+        sums = np.zeros((len(sizes), x.shape[1]))
+        np.add.at(sums, code.reshape(-1), x)
+        within = x - (sums / sizes[:, None])[code.reshape(-1)]
+        found["var(x | y) / var(x)"] = float((within**2).mean() / x.var(axis=0).mean())
+    return found

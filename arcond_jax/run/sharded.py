@@ -1,0 +1,175 @@
+"""A folder of shards that is written by many processes, each shard whole or not at all.
+
+The plan, which image goes into which shard, follows from the source and the settings alone. Shard s
+is written by process s modulo the number of processes, so that a process that was killed goes on
+with the shard it was at, and all ways lead to the same bytes.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from arcond_jax import atomic
+from arcond_jax.data import records
+
+PROGRESS = "progress"  # folder of what is known of each shard that is written
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A shard of the plan: images [start, stop) of a split."""
+
+    split: str
+    file: str
+    start: int
+    stop: int
+
+
+def cut(split: str, starts: Sequence[int], count: int) -> list[Shard]:
+    """The shards of a split of so many images, each from its start on."""
+    ends = zip(starts, [*starts[1:], count], strict=True)
+    return [
+        Shard(split, f"{split}-{i:05d}-of-{len(starts):05d}.array_record", start, stop)
+        for i, (start, stop) in enumerate(ends)
+    ]
+
+
+def check_out(sources: Iterable[pathlib.Path], out: pathlib.Path) -> None:
+    """Raises ValueError for a folder that cannot be written to from these sources."""
+    if "://" in str(out) or str(out).startswith("gs:/"):
+        raise ValueError(f"{out} is a bucket: write to a local folder, and copy it there")
+    for source in sources:
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"{out} is inside of the source {source}: write to a folder beside it")
+    if out.exists() and not records.is_prepared(out) and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} holds something else: give a folder that is empty or not there")
+
+
+def begin(out: pathlib.Path, plan: dict[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
+    """Writes the plan as a manifest, or checks that `out` was begun with the same one.
+
+    Returns:
+      The plan, with what shards hold.
+
+    Raises:
+      ValueError: It was begun with another one.
+    """
+    planned = {shard.file: shard.stop - shard.start for shard in shards}
+    plan = {"kind": plan["kind"], "complete": False, **plan, "planned": planned}
+    plan = json.loads(json.dumps(plan))  # as it comes back: tuples are lists
+    if not records.is_prepared(out):
+        (out / PROGRESS).mkdir(parents=True, exist_ok=True)
+        records.write_manifest(out, plan)
+        return plan
+    begun = records.read_manifest(out, kind=plan["kind"])
+    for name, value in plan.items():
+        if name != "complete" and begun.get(name) != value:
+            was, now = (json.dumps(x.get(name))[:100] for x in (begun, plan))
+            raise ValueError(
+                f"{out} was begun with another {name} ({was}, now {now}): the source or the "
+                "settings have changed; write to another folder"
+            )
+    (out / PROGRESS).mkdir(exist_ok=True)
+    return plan
+
+
+def unfinished(
+    out: pathlib.Path, shards: Sequence[Shard], process_index: int, process_count: int
+) -> tuple[list[Shard], "Progress"]:
+    """The shards that this process has yet to write, and how far it is."""
+    mine = shards[process_index::process_count]
+    missing = [shard for shard in mine if _finished(out, shard) is None]
+    return missing, Progress(mine, missing)
+
+
+def _finished(out: pathlib.Path, shard: Shard) -> dict[str, Any] | None:
+    """What is known of a shard that lies there whole; None for any other."""
+    try:
+        known = json.loads((out / PROGRESS / f"{shard.file}.json").read_text("utf-8"))
+        return known if (out / shard.file).stat().st_size == known["bytes"] else None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def keep(out: pathlib.Path, shard: Shard, label: list[int], **known: Any) -> None:
+    """Notes that a shard is written: its labels, and what else is known of it."""
+    size = (out / shard.file).stat().st_size
+    known = {"records": len(label), "bytes": size, "label": label, **known}
+    atomic.write_text(out / PROGRESS / f"{shard.file}.json", json.dumps(known))
+
+
+def all_known(out: pathlib.Path, shards: Sequence[Shard]) -> list[dict[str, Any]] | None:
+    """What is known of each shard; None while there are some to be written."""
+    known = [_finished(out, shard) for shard in shards]
+    return None if None in known else [x for x in known if x is not None]
+
+
+def finish(
+    out: pathlib.Path,
+    plan: dict[str, Any],
+    shards: Sequence[Shard],
+    known: list[dict[str, Any]],
+    **more: Any,
+) -> dict[str, Any]:
+    """Writes the labels and the complete manifest, with `more` in it; returns the manifest."""
+    splits = {}
+    for name in dict.fromkeys(shard.split for shard in shards):
+        of_split = [(s.file, x) for s, x in zip(shards, known, strict=True) if s.split == name]
+        label = np.asarray([i for _, x in of_split for i in x["label"]], np.int32)
+        splits[name] = {
+            "records": len(label),
+            "counts": np.bincount(label, minlength=len(plan["class_names"])).tolist(),
+            "labels_sha256": records.write_labels(out, name, label),
+            "shards": [
+                {"file": file, "records": x["records"], "bytes": x["bytes"]} for file, x in of_split
+            ],
+        }
+    manifest = plan | {"complete": True, **more, "splits": splits}
+    records.write_manifest(out, manifest)
+    return manifest
+
+
+class Progress:
+    """Images a second and time left: a bar on a terminal, else a line after each shard."""
+
+    def __init__(self, mine: Sequence[Shard], missing: Sequence[Shard]):
+        self._total = sum(shard.stop - shard.start for shard in mine)
+        self._before = self._total - sum(shard.stop - shard.start for shard in missing)
+        self._now, self._began = self._before, time.monotonic()
+        self._bar = tqdm.tqdm(
+            total=self._total,
+            initial=self._now,
+            unit=" images",
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self) -> None:
+        self._now += 1
+        self._bar.update()
+
+    def say(self, shard: Shard) -> None:
+        if not self._bar.disable:
+            return
+        rate = (self._now - self._before) / max(time.monotonic() - self._began, 1e-3)
+        logging.info(
+            "%s: %d of %d images, %.0f a second, %.1f minutes left",
+            shard.file,
+            self._now,
+            self._total,
+            rate,
+            (self._total - self._now) / rate / 60,
+        )

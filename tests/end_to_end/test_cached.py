@@ -1,0 +1,90 @@
+"""A run on a cache is the run on its images, stopped or not, and is sampled and scored like it."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_cli import assert_one_line
+from test_run import assert_same_run, interrupt
+
+from arcond_jax import build
+from arcond_jax.cli import main
+from arcond_jax.run import caching, restoring, training
+from arcond_jax.training import writer
+
+FLOAT32 = caching.Options(dtype="float32", shard_images=500)
+
+
+def cached_config(cache, variant="joint", *more):
+    given = {"data.name": "cache", "data.directory": str(cache)}
+    return build.with_overrides(build.changed(tiny.config(variant), given), more)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A cache of digits, and a run on it that is stopped at its third step and goes on."""
+    root = tmp_path_factory.mktemp("cached")
+    caching.encode(tiny.config(), [], root / "cache", FLOAT32)
+    config = cached_config(root / "cache")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+        interrupt(patched, at_batch=3)
+        assert not training.train(config, root / "run")
+    assert training.train(config, root / "run")
+    return root / "run"
+
+
+def test_a_run_on_a_cache_is_the_run_on_its_images(run, finished):
+    """Losses, weights and the bank of conditions, to the last bit, over a stop."""
+    assert_same_run(run, finished)
+    ours, theirs = (restoring.restore(workdir).bank for workdir in (run, finished))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_another_tokenizer_is_refused_when_a_run_goes_on(run, tmp_path, copy_of, capsys):
+    fitted = tiny.config("joint", "tokenizer.num_codes=8", "seed=1")
+    caching.encode(fitted, [], tmp_path / "cache", FLOAT32)
+    arguments = ["train", "--config", "digits:joint", "--workdir", copy_of(run, last_step=4)]
+    settings = (*tiny.overrides(), "data.name=cache")
+    flags = [f"--config.{x}" for x in (*settings, f"data.directory={tmp_path / 'cache'}")]
+    message = "cache was encoded by a tokenizer with parameters "
+    assert_one_line([*arguments, *flags], capsys, tmp_path / "cache", message, "of this run are")
+
+
+@pytest.mark.slow
+def test_it_is_calibrated_sampled_and_evaluated(run, copy_of, tmp_path, capsys):
+    workdir, out = copy_of(run), tmp_path / "s.npz"
+    evaluate = ["evaluate", "--samples", out, "--checkpoint", workdir]
+    for command in (
+        ["calibrate", "--checkpoint", workdir],
+        ["sample", "--checkpoint", workdir, "--num_images", "20", "--out", out],
+        [*evaluate, "--config.data.name=digits"],
+    ):
+        assert main.main([str(x) for x in command]) == 0
+    assert "digits, held out" in capsys.readouterr().out
+    message = "data.name=cache holds no images (it was encoded from digits): give them by "
+    assert_one_line(evaluate, capsys, tmp_path, message, "--config.data.directory=IMAGES")
+
+
+@pytest.mark.slow
+def test_mirrored_pairs_give_the_losses_of_mirrored_images(tmp_path):
+    """In float16 to what its rounding of the latents, 2^-11 of them, does to a loss."""
+    config = tiny.config("joint", "data.random_flip=True")
+    losses = []
+    for name in ("images", *caching.DTYPES):
+        tried, shown = config, []
+        if name != "images":
+            caching.encode(config, [], tmp_path / name, caching.Options(dtype=name))
+            given = {"data.name": "cache", "data.directory": str(tmp_path / name)}
+            tried = build.changed(config, given)
+        training.train(
+            build.changed(tried, {"training.samples_every": 6}),
+            tmp_path / f"run_{name}",
+            show=lambda step, image_uint8, label, names, shown=shown: shown.append(names),
+        )
+        assert shown == [tuple("0123456789")]
+        rows = writer.read_rows(tmp_path / f"run_{name}" / "metrics.jsonl")
+        losses.append([row["loss"] for row in rows])
+    of_images, of_float16, of_float32 = losses
+    assert of_float32 == of_images
+    np.testing.assert_allclose(of_float16, of_images, rtol=0.02)
