@@ -13,6 +13,8 @@ from typing import IO
 
 from etils import epath
 
+UMASK = os.umask(0)  # for the rights of any new file; those of tempfile are private to the writer
+os.umask(UMASK)
 _unfinished: set[pathlib.Path] = set()
 
 
@@ -41,9 +43,8 @@ def abandon() -> None:
 
 
 def _remove(path: pathlib.Path) -> None:
-    for _ in range(10):  # another thread may still be filling a folder
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+    for _ in range(10 if path.is_dir() else 0):  # another thread may still be filling it
+        shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
 
@@ -90,7 +91,7 @@ def file(path: epath.PathLike) -> Iterator[IO[bytes]]:
         with unfinished(temporary):
             with os.fdopen(descriptor, "wb") as opened:
                 yield opened
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~UMASK)
             os.replace(temporary, target)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -117,7 +118,7 @@ def folder(path: epath.PathLike) -> Iterator[pathlib.Path]:
         temporary = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
         with unfinished(temporary):
             yield temporary
-            temporary.chmod(0o777 & ~_umask())
+            temporary.chmod(0o777 & ~UMASK)
             temporary.rename(target)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -134,10 +135,3 @@ def _is_special(path: epath.PathLike) -> bool:
 
 def _prefix(target: pathlib.Path) -> str:
     return f".{target.name[:100]}."  # a name may be as long as the file system allows
-
-
-def _umask() -> int:
-    """For the rights of any new file; those of tempfile are private to the writer."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask

@@ -232,7 +232,8 @@ class Checkpoints:
     def _reading(self, step: int) -> Iterator[None]:
         with _one_line(
             f"The checkpoint of step {step} in {self._directory} is damaged",
-            f"delete {self._directory / str(step)} or pass an earlier step",
+            f"delete {self._directory / str(step)}, or go on from an earlier one by `arcond train "
+            "--restart_from STEP`",
         ):
             yield
 

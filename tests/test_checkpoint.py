@@ -189,7 +189,7 @@ def test_truncated_files_cost_one_step(tmp_path):
         with pytest.raises(checkpoint.CheckpointError) as raised:
             checkpoints.restore(abstract(state))
         assert str(raised.value).startswith(f"The checkpoint of step 3 in {tmp_path} is damaged")
-        assert str(raised.value).endswith(f"delete {tmp_path}/3 or pass an earlier step.")
+        assert f"delete {tmp_path}/3, or go on from an earlier one" in str(raised.value)
         assert "\n" not in str(raised.value)
         with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .* is damaged"):
             checkpoints.config(2)

@@ -6,8 +6,10 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from arcond_jax import caches
 from arcond_jax.build import keys
 from arcond_jax.config import Config, ConfigError
+from arcond_jax.data import copies as copies_lib
 from arcond_jax.data import digits, folder, images, pipeline, records, stored, tfds
 from arcond_jax.data import views as views_lib
 
@@ -23,6 +25,10 @@ COMMON = {
 IMAGES = COMMON | {"random_flip": keys.flag(False)}
 PHOTOGRAPHS = {"resize": keys.choice("adm", images.RESIZES)}
 DIRECTORY = {"directory": keys.text(None, optional=True)}
+SHARDS = DIRECTORY | {  # which may lie in a bucket, and are copied from there
+    "copies": keys.text(None, optional=True),  # folder for them; None for one of the user's
+    "max_copy_gb": keys.positive(200.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +45,29 @@ class Data:
 
 
 def directory(config: Config) -> pathlib.Path:
-    """The folder of the data; raises ConfigError if none is named."""
+    """The folder of the data on this machine, a copy if they lie in a bucket.
+
+    Raises:
+      ConfigError: None is named, or data of this kind are not read from buckets.
+      ImportError, OSError, ValueError: They cannot be copied.
+    """
     named = config.data.directory
     if named is None:
         what = "`arcond encode` wrote" if config.data.name == "cache" else "holds the images"
         raise ConfigError(f"data.directory is not set: give the folder that {what}")
-    return pathlib.Path(named).expanduser().absolute()
+    if "://" not in named:
+        return pathlib.Path(named).expanduser().absolute()
+    if "copies" not in config.data:
+        raise ConfigError(
+            f"data.directory {named} is a bucket, too slow for files of one image each: `arcond "
+            "prepare` them, copy what it writes there, and use data.name=records"
+        )
+    copies = config.data.copies
+    return copies_lib.local(
+        named,
+        copies=pathlib.Path(copies).expanduser().absolute() if copies else caches.folder("data"),
+        max_bytes=int(config.data.max_copy_gb * 1e9),
+    )
 
 
 def _square(config: Config) -> dict[str, Any]:
@@ -69,20 +92,21 @@ def _tfds(config: Config, split: str) -> pipeline.Source:
     )
 
 
-FILES = IMAGES | PHOTOGRAPHS | DIRECTORY
+FILES = IMAGES | PHOTOGRAPHS
 DATA: Mapping[str, Data] = {
     "digits": Data(IMAGES, lambda config, split: digits.Digits(split)),
-    "folder": Data(FILES, _folder),
-    "records": Data(FILES, _records),
+    "folder": Data(FILES | DIRECTORY, _folder),
+    "records": Data(FILES | SHARDS, _records),
     "tfds": Data(
         FILES
+        | SHARDS
         | {
             "train_split": keys.text("train"),  # names that the data set has for them
             "held_out_split": keys.text(None, optional=True),  # validation, else test
         },
         _tfds,
     ),
-    "cache": Data(COMMON | DIRECTORY | {"views": keys.choice("flip", views_lib.KINDS)}, None),
+    "cache": Data(COMMON | SHARDS | {"views": keys.choice("flip", views_lib.KINDS)}, None),
 }
 
 

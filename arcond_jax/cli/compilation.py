@@ -12,6 +12,8 @@ import platform
 
 import jax
 
+from arcond_jax import caches
+
 
 def keep() -> None:
     """Turns the cache on; a folder that cannot be written is no error, and then nothing is kept."""
@@ -30,10 +32,7 @@ def keep() -> None:
 
 def _folder() -> pathlib.Path:
     """One for each kind of machine, since homes are shared and code for a CPU fits that CPU."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # An address that is not absolute is to be ignored, says the XDG base directory specification.
-    caches = pathlib.Path(given) if os.path.isabs(given) else pathlib.Path.home() / ".cache"
-    return caches / "arcond_jax" / "xla" / hashlib.sha256(_cpu().encode()).hexdigest()[:16]
+    return caches.folder("xla") / hashlib.sha256(_cpu().encode()).hexdigest()[:16]
 
 
 def _cpu() -> str:

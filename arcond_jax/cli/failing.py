@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import traceback
@@ -22,6 +23,9 @@ def guarded(command: str, run: Callable[[], None]) -> int:
     try:
         run()
         return 0
+    except BrokenPipeError:  # as `| head` leaves behind; what ends at a signal ends with its number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's last flush
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         message, code = "interrupted", INTERRUPTED
     except Exception as error:

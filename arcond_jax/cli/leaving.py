@@ -12,9 +12,8 @@ import sys
 import threading
 from typing import Any
 
-from arcond_jax import atomic
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SECONDS = 10.0  # for what is half-written to be removed
 DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
 
@@ -39,15 +38,18 @@ def _left_to_the_watcher(number: int, _: Any) -> None:
 
 def _watch(reading: int) -> None:
     while True:
-        number = signal.Signals(os.read(reading, 1)[0])
-        if signal.getsignal(number) is _left_to_the_watcher:
-            _leave(number)
+        number = os.read(reading, 1)[0]
+        if number in SIGNALS and signal.getsignal(number) is _left_to_the_watcher:
+            _leave(signal.Signals(number))
 
 
 def _leave(number: signal.Signals) -> None:
+    # Whatever goes wrong, as a terminal that is gone or takes nothing.
+    threading.Timer(SECONDS, os._exit, [128 + number]).start()
     try:
-        atomic.abandon()
+        if atomic := sys.modules.get("arcond_jax.atomic"):  # else nothing was begun
+            atomic.abandon()
         what = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
-        print(f"arcond: {what}", file=sys.stderr, flush=True)
-    finally:  # whatever went wrong, as a terminal that is gone
+        os.write(2, f"arcond: {what}\n".encode())  # not print: the main thread may be inside of it
+    finally:
         os._exit(128 + number)

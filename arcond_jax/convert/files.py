@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import hashlib
 import pathlib
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -118,11 +119,13 @@ def digest(paths: Sequence[pathlib.Path]) -> str:
 @contextlib.contextmanager
 def _whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A path beside another that takes its place once it is written, and is gone if it is not."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        with atomic.unfinished(partial):
-            yield partial
-            partial.replace(path)
+        # A folder, since safetensors writes to a temporary file of its own beside it.
+        beside = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:100]}."))
+        with atomic.unfinished(beside):
+            yield beside / path.name
+            (beside / path.name).chmod(0o666 & ~atomic.UMASK)
+            (beside / path.name).replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise table.ConvertError(f"writing {path} failed ({_first_line(error)})") from error
 

@@ -29,6 +29,8 @@ FREE_SECTIONS = ("sampling", "mesh", "transport")
 FREE_KEYS = (
     "data.directory",
     "data.captions",
+    "data.copies",
+    "data.max_copy_gb",
     "data.num_threads",
     "tokenizer.path",
     "training.num_train_steps",

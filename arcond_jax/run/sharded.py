@@ -49,8 +49,13 @@ def check_out(sources: Iterable[pathlib.Path], out: pathlib.Path) -> None:
     for source in sources:
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise ValueError(f"{out} is inside of the source {source}: write to a folder beside it")
-    if out.exists() and not records.is_prepared(out) and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not records.is_prepared(out) and not _is_empty(out):
         raise ValueError(f"{out} holds something else: give a folder that is empty or not there")
+
+
+def _is_empty(out: pathlib.Path) -> bool:
+    """Whether a folder holds nothing but the rest of a manifest that was being written."""
+    return out.is_dir() and all(x.name.startswith(f".{records.MANIFEST}.") for x in out.iterdir())
 
 
 def begin(out: pathlib.Path, plan: dict[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
@@ -66,8 +71,9 @@ def begin(out: pathlib.Path, plan: dict[str, Any], shards: Sequence[Shard]) -> d
     plan = {"kind": plan["kind"], "complete": False, **plan, "planned": planned}
     plan = json.loads(json.dumps(plan))  # as it comes back: tuples are lists
     if not records.is_prepared(out):
-        (out / PROGRESS).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         records.write_manifest(out, plan)
+        (out / PROGRESS).mkdir(exist_ok=True)
         return plan
     begun = records.read_manifest(out, kind=plan["kind"])
     for name, value in plan.items():

@@ -110,11 +110,12 @@ def train(
                 progress.set_postfix(loss=f"{scalars['loss']:.4f}")
                 if progress.disable:
                     left = (num_train_steps - step) / scalars["steps_per_second"] / 60
-                    print(
-                        f"step {step}/{num_train_steps}  loss {scalars['loss']:.4f}"
-                        f"  {left:.0f} min left",
-                        flush=True,
-                    )
+                    with contextlib.suppress(OSError):  # nobody reads it any more
+                        print(
+                            f"step {step}/{num_train_steps}  loss {scalars['loss']:.4f}"
+                            f"  {left:.0f} min left",
+                            flush=True,
+                        )
             if intervals.samples and step % intervals.samples == 0:
                 draw_samples(step, state)
             if step % intervals.checkpoint == 0 and step < num_train_steps:

@@ -5,9 +5,12 @@ import typing
 
 import fsspec
 import fsspec.implementations.memory
+import photographs
 import pytest
 
+from arcond_jax import build
 from arcond_jax.data import copies
+from arcond_jax.run import preparing
 
 LARGE = os.urandom(copies.DESCRIPTION_BYTES + 1)
 
@@ -66,3 +69,24 @@ def test_what_is_not_there_or_too_large_is_refused(bucket, tmp_path):
     with pytest.raises(ValueError, match=r"holds 0\.00105 GB, more than the 0\.001 GB of"):
         local(tmp_path, max_bytes=10**6)
     assert not (tmp_path / "copies").exists()
+
+
+def test_records_in_a_bucket_are_those_of_the_folder(bucket, tmp_path):
+    prepared = tmp_path / "prepared"
+    preparing.prepare([photographs.write_folder(tmp_path / "unpacked")], prepared)
+    for path in prepared.rglob("*"):
+        if path.is_file():
+            bucket.pipe(f"gs://bucket/data/{path.relative_to(prepared)}", path.read_bytes())
+    settings = ["data.image_size=16", "data.num_classes=3", "data.name=records"]
+
+    def source(*more):
+        return build.source(build.load_config("magvit2_b", [*settings, *more]), "train")
+
+    there = source("data.directory=gs://bucket/data", f"data.copies={tmp_path / 'copies'}")
+    here = source(f"data.directory={prepared}")
+    assert photographs.items(there) == photographs.items(here)
+    assert there.label_names == here.label_names
+    with pytest.raises(ValueError, match=r"data\.max_copy_gb: raise that"):
+        source("data.directory=gs://bucket/data", "data.max_copy_gb=1e-6")
+    with pytest.raises(build.ConfigError, match="is a bucket, too slow for files of one image"):
+        source("data.directory=gs://bucket/data", "data.name=folder")

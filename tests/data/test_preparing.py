@@ -304,3 +304,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
         kills += 1
     assert kills >= 3 and contents(out) == contents(tmp_path / "whole")
     shutil.rmtree(out)
+
+
+def test_ended_before_the_plan_was_there_it_begins(unpacked, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{records.MANIFEST}.x1").touch()
+    assert preparing.prepare([unpacked], tmp_path / "out", SMALL)["complete"]

@@ -105,6 +105,15 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.npz", "b"]
 
 
+def test_a_reader_that_goes_away_is_no_fault(capsys):
+    broken = os.dup(1)
+    try:
+        assert failing.guarded("config", raised(BrokenPipeError(32, "Broken pipe"))) == 141
+    finally:
+        os.dup2(broken, 1)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("JAX_ENABLE_X64", "banana"), ("JAX_PLATFORMS", "cuda"), ("JAX_PLATFORMS", "banana")],
