@@ -86,7 +86,9 @@ with atomic.file(sys.argv[1] + "/a.npz") as opened, atomic.folder(sys.argv[1] + 
     ],
 )
 def test_a_signal_ends_a_command_at_once_and_leaves_nothing(number, line, tmp_path):
-    command = [sys.executable, "-c", BUSY, str(tmp_path)]
+    # The tests themselves may run under nohup.
+    program = f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n{BUSY}"
+    command = [sys.executable, "-c", program, str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
