@@ -47,8 +47,8 @@ def _leave(number: signal.Signals) -> None:
     # Whatever goes wrong, as a terminal that is gone or takes nothing.
     threading.Timer(SECONDS, os._exit, [128 + number]).start()
     try:
-        if atomic := sys.modules.get("arcond_jax.atomic"):  # else nothing was begun
-            atomic.abandon()
+        # Until it is imported, nothing is being written.
+        getattr(sys.modules.get("arcond_jax.atomic"), "abandon", lambda: None)()
         what = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
         os.write(2, f"arcond: {what}\n".encode())  # not print: the main thread may be inside of it
     finally:

@@ -15,6 +15,7 @@ from etils import epath
 from arcond_jax import atomic
 
 NUM_THREADS = 8  # a bucket gives its bandwidth to several readers only
+UNREAD = "progress"  # folder of what is known of shards while they are written
 DESCRIPTION_BYTES = 1 << 20  # no more, and a file tells what the others are
 
 
@@ -36,9 +37,7 @@ def local(url: str, *, copies: pathlib.Path, max_bytes: int) -> pathlib.Path:
     source = epath.Path(url)
     if not source.is_dir():
         raise ValueError(f"{url} does not exist")
-    sizes = {
-        entry.name: entry.stat().length for entry in sorted(source.iterdir()) if not entry.is_dir()
-    }
+    sizes = _sizes(source)
     total = sum(sizes.values())
     if total > max_bytes:
         raise ValueError(
@@ -51,8 +50,8 @@ def local(url: str, *, copies: pathlib.Path, max_bytes: int) -> pathlib.Path:
     fresh = [name for name, size in sizes.items() if size <= DESCRIPTION_BYTES]
     content = {name: (source / name).read_bytes() for name in fresh}
     if any(_differs(target / name, content[name]) for name in fresh):
-        for left in target.iterdir():
-            left.unlink()
+        shutil.rmtree(target)
+        target.mkdir()
     missing = [name for name, size in sizes.items() if not _has_size(target / name, size)]
     needed = sum(sizes[name] for name in missing)
     if needed > shutil.disk_usage(target).free:
@@ -64,8 +63,21 @@ def local(url: str, *, copies: pathlib.Path, max_bytes: int) -> pathlib.Path:
         for copied in [pool.submit(_copy, source / name, target / name) for name in large]:
             copied.result()
     for name in fresh:  # last: where they are, the others are
-        _write(target / name, content[name])
+        if name in missing:
+            _write(target / name, content[name])
     return target
+
+
+def _sizes(folder: epath.Path, below: str = "") -> dict[str, int]:
+    """Bytes of every file at any depth, by its path; but not what only writers read."""
+    sizes = {}
+    for entry in sorted(folder.iterdir()):
+        name = f"{below}{entry.name}"
+        if not entry.is_dir():
+            sizes[name] = entry.stat().length
+        elif name != UNREAD:
+            sizes |= _sizes(entry, f"{name}/")
+    return sizes
 
 
 def _differs(path: pathlib.Path, content: bytes) -> bool:
@@ -78,11 +90,13 @@ def _has_size(path: pathlib.Path, size: int) -> bool:
 
 
 def _copy(source: epath.Path, target: pathlib.Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, atomic.file(target) as written:
         shutil.copyfileobj(read, written, 1 << 24)
 
 
 def _write(path: pathlib.Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.file(path) as written:
         written.write(content)
 

@@ -319,6 +319,12 @@ def test_a_file_is_written_whole_or_not_at_all(suffix, tmp_path, full_disk):
     assert path.read_text() == "what was there"
 
 
+def test_others_may_read_what_is_written(tmp_path):
+    (tmp_path / "other").touch()
+    files.save_state(tmp_path / "weights.safetensors", STATE)
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_digest(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")

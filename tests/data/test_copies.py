@@ -43,12 +43,14 @@ def local(tmp_path, max_bytes=10**9):
 def test_a_folder_is_copied_once(bucket, tmp_path):
     bucket.pipe({"gs://bucket/data/a.array_record": LARGE, "gs://bucket/data/manifest.json": b"1"})
     bucket.pipe({"gs://bucket/data/progress/0.json": b"not needed"})
+    bucket.pipe({"gs://bucket/data/tokenizer/deep/b": b"of a cache"})
     copy = local(tmp_path)
-    assert sorted(os.listdir(copy)) == ["a.array_record", "manifest.json"]
+    assert sorted(os.listdir(copy)) == ["a.array_record", "manifest.json", "tokenizer"]
+    assert (copy / "tokenizer" / "deep" / "b").read_bytes() == b"of a cache"
     assert (copy / "a.array_record").read_bytes() == LARGE
     bucket.reads.clear()
     assert local(tmp_path) == copy
-    assert bucket.reads == ["manifest.json"]
+    assert bucket.reads == ["manifest.json", "b"]
 
 
 def test_a_cut_off_file_is_copied_again_and_so_is_everything_of_another_manifest(bucket, tmp_path):

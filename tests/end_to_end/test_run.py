@@ -24,8 +24,8 @@ from arcond_jax import config as config_lib
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.cli import main
 from arcond_jax.run import drawing, exclusive, initial, refinement, restoring, training
+from arcond_jax.training import loop, writer
 from arcond_jax.training import state as state_lib
-from arcond_jax.training import writer
 from arcond_jax.transport import refiners
 
 # Stands in for the machine's own timing: the signal comes while this batch is taken.
@@ -108,6 +108,11 @@ def test_stopped_by_a_signal_and_resumed_is_uninterrupted(
     assert f"stopped and saved: {workdir}" in capsys.readouterr().out
     assert [row["step"] for row in writer.read_rows(workdir / "metrics.jsonl")] == [1, 2, 3]
     assert int(saved_state(workdir).step) == 3
+
+    def gone(*_, **__):  # what reads the lines of progress has ended, as `tee` by the same Ctrl-C
+        raise BrokenPipeError
+
+    monkeypatch.setattr(loop, "print", gone, raising=False)
     assert training.train(tiny.config(), workdir)
     assert_same_run(workdir, finished)
 
