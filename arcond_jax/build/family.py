@@ -182,6 +182,7 @@ def windowed(config: Config, inner: Any) -> Any:
         num_heads=config.model.num_heads,
         depth=section.depth,
         mlp_ratio=section.mlp_ratio,
+        remat=config.model.remat,
         dtype=tokens.DTYPES[config.training.dtype],
     )
     if section.drafter:
@@ -238,6 +239,7 @@ def denoiser(config: Config) -> diffusion_head.DiffusionHead:
     """The denoising MLP."""
     return diffusion_head.DiffusionHead(
         channels=tokens.token_channels(config),
+        remat=config.model.remat,
         dtype=tokens.DTYPES[config.training.dtype],
         **config.diffusion_head,
     )

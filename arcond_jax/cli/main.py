@@ -25,6 +25,7 @@ COMMANDS = (
     "convert",
     "export",
     "bench",
+    "compile",
 )
 
 

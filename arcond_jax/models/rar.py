@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
-from arcond_jax import types
+from arcond_jax import placement, types
 from arcond_jax.models import causal
 from arcond_jax.nn import attention, linear, mlp, modulation, norm, parameter, stack
 from arcond_jax.nn import causal as causal_attention
@@ -58,7 +58,7 @@ class Block(nn.Module):
         x, cache = carry
         b, l, d = x.shape
         deterministic = not self.has_rng("dropout")
-        vectors = linear.constrain_batch(modulation.modulation(6, d, self.dtype)(modulator))
+        vectors = placement.constrain_batch(modulation.modulation(6, d, self.dtype)(modulator))
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.parts(vectors)
 
         features = (3, self.num_heads, d // self.num_heads)
@@ -81,7 +81,7 @@ class Block(nn.Module):
         y = mlp.GeluMLP(
             d, self.mlp_hidden, True, dropout=self.dropout, dtype=self.dtype, name="mlp"
         )(y)
-        return (linear.constrain_batch(x + mlp_gate * y), cache), None
+        return (placement.constrain_batch(x + mlp_gate * y), cache), None
 
 
 class RAR(nn.Module):
@@ -214,7 +214,7 @@ class RAR(nn.Module):
         (x, cache), _ = self.blocks((x, cache), jnp.arange(self.depth), modulator)
         if cache is not None:
             cache = dataclasses.replace(cache, index=cache.index + x.shape[1])
-        vectors = linear.constrain_batch(self.final_modulation(modulator))
+        vectors = placement.constrain_batch(self.final_modulation(modulator))
         scale, shift = modulation.parts(vectors)  # in this order, other than in the blocks
         return modulation.modulate(self.final_norm(x), shift, scale), cache
 
@@ -257,7 +257,7 @@ class RAR(nn.Module):
         init: parameter.Initializer = parameter.normal_init,
     ) -> Array:
         axes = (None,) * (len(shape) - 1) + ("embed",)
-        return parameter.parameter(self, name, init, shape, axes)
+        return parameter.table(self, name, init, shape, axes, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

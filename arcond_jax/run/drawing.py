@@ -165,6 +165,11 @@ class Drawer:
             image_uint8, drawn = self(refiner, part, seed=seed, first_row=start, known=known)
             yield image_uint8[: num_rows - start], drawn
 
+    @property
+    def program(self) -> compiled.Compiled:
+        """The loop, `(params, tokenizer, refiner, rng, prompt, first_row, known) -> Sampled`."""
+        return self._sample
+
     def traced(self, prompt: types.Prompt) -> jax.stages.Traced:
         """The loop for these prompts, without refinement, as JAX writes it; nothing is compiled."""
         return self._sample.trace(*self._arguments(refiners.Identity(), prompt, 0, 0, None))

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from arcond_jax import build
+from arcond_jax import build, placement
 from arcond_jax.parallel import compiled, processes
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run import drawing, restoring
@@ -118,7 +118,7 @@ def is_moments(x):
 
 def test_every_parameter_names_each_of_its_axes_once(config):
     params = build.abstract_state(config).params
-    names = dict(mesh_lib.RULES)
+    names = placement.RULES
     boxes = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
     )[0]
@@ -135,12 +135,10 @@ def test_every_parameter_names_each_of_its_axes_once(config):
 
 def test_axes_that_do_not_divide_stay_whole():
     mesh = make_mesh("data=2 fsdp=2 tensor=2")
-    spec = PartitionSpec(("data", "fsdp"), "tensor")
-    assert mesh_lib.fit_spec(spec, (8, 4, 3), mesh) == PartitionSpec(
-        ("data", "fsdp"), "tensor", None
-    )
-    assert mesh_lib.fit_spec(spec, (6, 4), mesh) == PartitionSpec(None, "tensor")
-    assert mesh_lib.fit_spec(spec, (4, 3), mesh) == PartitionSpec(("data", "fsdp"), None)
+    axes = ("batch", "vocab", None)
+    assert placement.spec(axes, (8, 4, 3), mesh) == PartitionSpec(("data", "fsdp"), "tensor", None)
+    assert placement.spec(axes, (6, 4, 3), mesh) == PartitionSpec(None, "tensor", None)
+    assert placement.spec(axes, (4, 3, 3), mesh) == PartitionSpec(("data", "fsdp"), None, None)
     assert mesh_lib.num_batch_shards(mesh) == 4
 
 
