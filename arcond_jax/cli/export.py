@@ -1,6 +1,7 @@
 """`arcond export`: averaged weights as an official PyTorch state dict, a sampler as StableHLO."""
 
 import argparse
+import dataclasses
 
 from arcond_jax import build
 from arcond_jax.build import tokens
@@ -60,6 +61,8 @@ def _sampler(args: argparse.Namespace) -> None:
     config = restoring.config_for(args.checkpoint, None, args.overrides)
     trained = restoring.restore(args.checkpoint, config=config, suited=False)
     refiner = refinement.load_refiner(trained, args.checkpoint, trained.config)
+    names = restoring.class_names_of(args.checkpoint)
+    trained = dataclasses.replace(trained, class_names=names)
     if args.dtype is not None:
         trained = exporting.in_dtype(trained, args.dtype)
     exporting.write(trained, refiner, args.out, batch_size=args.batch_size)

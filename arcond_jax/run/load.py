@@ -31,7 +31,7 @@ def sampler(folder: str | pathlib.Path) -> Callable[..., np.ndarray]:
     front. Image i depends on the seed, its number `first_row` + i and its prompt alone, unless the
     manifest has a "batch_size": then on its batch, which must be of that size.
 
-    `draw` raises ValueError for a label that is not a class.
+    `draw` raises ValueError for a label that is not a class, or a batch of another size.
     """
     folder = pathlib.Path(folder)
     manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
@@ -43,7 +43,10 @@ def sampler(folder: str | pathlib.Path) -> Callable[..., np.ndarray]:
         if not isinstance(prompt, dict):
             prompt = np.asarray(prompt, np.int32)
             if ((prompt < 0) | (prompt >= manifest["num_classes"])).any():
-                raise ValueError(f"labels go from 0 to {manifest['num_classes'] - 1}: {prompt}")
+                raise ValueError(f"a label is not from 0 to {manifest['num_classes'] - 1}")
+        size = len(prompt["valid"] if isinstance(prompt, dict) else prompt)
+        if size != (manifest["batch_size"] or size):
+            raise ValueError(f"it draws {manifest['batch_size']} images at a time, not {size}")
         return np.asarray(call(held, prompt, np.uint32(seed), np.int32(first_row)))
 
     return draw
@@ -63,14 +66,24 @@ def weights(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draws images of one class, or all in turn.")
+    parser = argparse.ArgumentParser(description="Draws images, of all classes or of one.")
     parser.add_argument("--label", type=int)
-    parser.add_argument("--num_images", type=int, default=16)
+    parser.add_argument("--num_images", type=int, help="default: 16, or a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help=".npy, uint8 [n, height, width, channels]")
     args = parser.parse_args()
     here = pathlib.Path(__file__).parent
-    count = json.loads((here / MANIFEST).read_text("utf-8"))["num_classes"]
-    labels = np.arange(args.num_images) % count if args.label is None else [args.label]
-    labels = np.resize(labels, args.num_images)
-    np.save(args.out, sampler(here)(labels, args.seed))
+    about = json.loads((here / MANIFEST).read_text("utf-8"))
+    num_images = about["batch_size"] or 16 if args.num_images is None else args.num_images
+    if num_images < 1:
+        parser.error("--num_images must be at least 1")
+    if about["num_classes"] is None:
+        parser.error("this sampler draws captions: call `sampler` from Python")
+    # Class by class, as a sampler that mixes the rows of a batch needs them.
+    labels = np.arange(num_images) * about["num_classes"] // num_images
+    if args.label is not None:
+        labels[:] = args.label
+    try:
+        np.save(args.out, sampler(here)(labels, args.seed))
+    except (OSError, OverflowError, ValueError) as error:
+        parser.error(str(error))

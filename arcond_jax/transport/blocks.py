@@ -14,6 +14,7 @@ from typing import Any, no_type_check
 
 import flax.struct
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

@@ -30,6 +30,10 @@ CODES = {
     for name, (config, _, _) in test_converted_codes.FAMILIES.items()
 }
 CONFIGS = CODES | {
+    "drafter": (
+        "llamagen_b_256:drafter",
+        (*CODES["llamagen"][1], "sampling.speculative=True"),
+    ),
     "mar": ("mar_base_imagenet256", test_converted.OVERRIDES),
     "t2i": ("llamagen_t2i_xl_256", test_captions.OVERRIDES),
     "dit": (
@@ -141,6 +145,7 @@ def slow(*case):
         slow("tensorar", "residual"),
         slow("mar", "none"),
         slow("llamagen", "none"),
+        slow("drafter", "none"),
         slow("rar", "none"),
         slow("magvit2", "none"),
         slow("dit", "none"),
@@ -196,6 +201,11 @@ def test_an_exported_run_draws_by_its_own_command(exported, finished, tmp_path):
     label = np.full(4, 3, np.int32)
     expected = drawing.Drawer(trained).images(refiners.Identity(), label, seed=0)
     np.testing.assert_array_equal(np.load(drawn), expected)
+    arguments[1] = "10"
+    command = [sys.executable, exported / "load.py", *arguments]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith("error: a label is not from 0 to 9")
 
 
 def test_an_export_that_cannot_be_is_refused(finished, tmp_path, capsys):
