@@ -176,7 +176,7 @@ class RAR(nn.Module):
         """With room for `spare` places beyond the end."""
         return attention.empty_cache(
             depth=self.depth,
-            batch=len(prompt),
+            batch=prompt.shape[0],
             length=PREFIX + self.length + spare,
             kv_heads=self.num_heads,
             head_dim=self.width // self.num_heads,
@@ -187,7 +187,9 @@ class RAR(nn.Module):
         self, prompt: Int[Array, " b"], at: Int[Array, "*b 1"]
     ) -> tuple[Float[Array, "b 2 d"], Int[Array, "*b 2"]]:
         """The start and the class, which is told the first position."""
-        start = jnp.broadcast_to(self.start_token.astype(self.dtype), (len(prompt), 1, self.width))
+        start = jnp.broadcast_to(
+            self.start_token.astype(self.dtype), (prompt.shape[0], 1, self.width)
+        )
         places = self.position[:PREFIX].astype(self.dtype)
         label = self._class_row(prompt) + places[1] + self._rows(self.next_position, at)
         x = jnp.concatenate([start + places[0], label], axis=1)

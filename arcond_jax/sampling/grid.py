@@ -49,7 +49,7 @@ class GridSampler:
         Neither `refiner` nor `code_law` is called: there is one static condition and no code.
         """
         shape = (self.solver.num_evaluations + 1, self.network.length, self.network.channels)
-        rngs = sampled.row_rngs(rng, len(prompt), first_row)
+        rngs = sampled.row_rngs(rng, prompt.shape[0], first_row)
         noise = jax.vmap(lambda rng: jax.random.normal(rng, shape), out_axes=1)(rngs)
         guidance, prompts = self.guidance, self.guidance.prompts(self.network, prompt)
 

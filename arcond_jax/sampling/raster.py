@@ -65,7 +65,7 @@ class Raster:
           codebook: Vectors of the codes, needed for noise on drafts that goes through them.
         """
         label = types.group_of(prompt)
-        rngs_of_rows = sampled.row_rngs(rng, len(label), first_row)
+        rngs_of_rows = sampled.row_rngs(rng, label.shape[0], first_row)
         prompts = self.guidance.prompts(self.network, prompt)
         weights = self.laid_out(params, types.num_rows(prompts))
         x, cache = self.start(params, prompts)
