@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+from jaxtyping import DTypeLike
 
 STACKED = "blocks"  # below this name parameters have a leading axis of layers; `stack.scanned`
 TURNED = "turned_kernel"
+ROUNDED = ("kernel", "table")  # what `linear` computes with, in its own type
 FEW_ROWS = 128  # for more rows a CPU is faster with kernels as they are
 
 
@@ -59,6 +61,20 @@ def _platform() -> str | None:
     if mesh.empty:
         return jax.default_backend()
     return None if mesh.abstract_device is None else mesh.abstract_device.platform
+
+
+def rounded(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    """The kernels and tables in the type they are used in.
+
+    A loop over layers rounds what it takes out of the stack, again at each step of the loop around
+    it. Biases and norms, of which some are used in float32, are small.
+    """
+
+    def round_one(path: tuple, leaf: Any) -> Any:
+        last = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else None
+        return leaf.astype(dtype) if last in ROUNDED else leaf
+
+    return jax.tree_util.tree_map_with_path(round_one, params)
 
 
 def turned(params: Mapping[str, Any], *, stacked: bool = False) -> dict[str, Any]:

@@ -151,6 +151,7 @@ class MARSampler:
         stops = np.minimum(ends, self.network.length - 1)
         num_rows = self.guidance.both(label).shape[0]
 
+        params = layout.rounded(params, self.network.dtype)
         carry, traces = (latents, refiner.init(label)), []
         for bucket in self.buckets():
             steps = np.arange(bucket.start, bucket.stop)

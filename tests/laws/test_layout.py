@@ -96,3 +96,17 @@ def test_kernels_are_turned_on_a_mesh_of_cpus():
     run, names = kernel_read()
     compiled.Compiled(run, mesh_lib.make_mesh()).trace(jnp.zeros((4, 6)))
     assert names == ["turned_kernel"]
+
+
+def test_weights_rounded_beforehand_change_nothing():
+    network = gpt.GPT(**SETTINGS, dtype=jnp.bfloat16)
+    params = tiny.random_params(jax.eval_shape(network.init, jax.random.key(0), X, None)["params"])
+    rounded = layout.rounded(params, jnp.bfloat16)
+    types = {leaf.dtype for leaf in jax.tree.leaves(rounded["blocks"]["qkv"])}
+    assert types == {jnp.dtype(jnp.bfloat16)}
+
+    @jax.jit
+    def run(params):
+        return network.apply({"params": params}, X, None)[0]
+
+    np.testing.assert_array_equal(*(np.asarray(run(x), np.float32) for x in (rounded, params)))
