@@ -312,6 +312,8 @@ def test_what_cannot_be_encoded_costs_one_line(unpacked, weights, codes, tmp_pat
         assert message in encode(unpacked, *flags)
     assert not out.exists()
     assert "bad.jpg cannot be read as an image" in encode(bad)
+    message = refused(capsys, "prepare", "--source", codes, "--out", out)
+    assert f"{codes} is a cache: train on it by data.name=cache and data.directory=" in message
     assert "was begun with another views" in encode(unpacked, "--views", "ten", to=codes)
     assert "is inside of the source" in encode(unpacked, to=unpacked / "out")
     assert "holds something else" in encode(unpacked, to=flat)
