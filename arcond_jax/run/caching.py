@@ -1,8 +1,10 @@
 """What the tokenizer of a config makes of images, encoded once into a cache to train from."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -34,11 +36,13 @@ class Options:
     Attributes:
       views: Those of the config by default.
       dtype: Of moments and latents, of `DTYPES`.
+      stop_on_error: Whether an image that cannot be decoded ends it; it is left out otherwise.
       shard_images: Images of a shard.
     """
 
     views: views_lib.Views | None = None
     dtype: str = "float16"
+    stop_on_error: bool = False
     shard_images: int = SHARD_IMAGES
 
 
@@ -52,24 +56,62 @@ class _Images:
 
 
 class _AllViews:
-    """All views of an image as one array, as `pipeline.Viewed`."""
+    """All views of an image as one array, as `pipeline.Viewed`.
+
+    Attributes:
+      failed: Name and reason of the images that cannot be decoded, by index, among those that were
+        read; zeros stand for their views.
+    """
 
     num_views = 1
 
-    def __init__(self, found: _Images, views: views_lib.Views, size: int):
+    def __init__(self, found: _Images, views: views_lib.Views, size: int, stop_on_error: bool):
         self._sources = [found.of_size(side) for side in views.sides(size)]
         self._views, self._size, first = views, size, self._sources[0]
         self.label_names = first.label_names
         shape = (len(views.names), size, size, first.image_shape[2])
         self.arrays: pipeline.Arrays = {"image": (shape, first.image_dtype)}
+        self.failed: dict[int, tuple[str, str]] = {}
+        self._stop_on_error = stop_on_error
 
     def __len__(self) -> int:
         return len(self._sources[0])
 
     def view(self, index: int, view: int) -> dict[str, np.ndarray]:
-        items = [source[index] for source in self._sources]
+        try:
+            items = [source[index] for source in self._sources]
+        except images_lib.UnreadableError as error:
+            if self._stop_on_error:
+                raise ValueError(
+                    f"{error}: repair it, or leave such images out by --on_error skip"
+                ) from None
+            self.failed[index] = error.name, error.why
+            shape, pixels = self.arrays["image"]
+            return {"image": np.zeros(shape, pixels), "label": np.asarray(-1, np.int32)}
         squares = [item["image"] for item in items]
         return {"image": self._views.cut(squares, self._size), "label": items[0]["label"]}
+
+
+class _Readable:
+    """A source of which an image that cannot be decoded gives way to the next one that can."""
+
+    def __init__(self, source: pipeline.Source):
+        self._source = source
+        self.num_classes, self.label_names = source.num_classes, source.label_names
+        self.image_shape, self.image_dtype = source.image_shape, source.image_dtype
+
+    @property
+    def label(self) -> np.ndarray:
+        return self._source.label
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        for other in (*range(index, len(self)), *range(index)):
+            with contextlib.suppress(images_lib.UnreadableError):
+                return self._source[other]
+        return self._source[index]  # says what is wrong with it
 
 
 def encode(
@@ -106,9 +148,9 @@ def encode(
     views = options.views or _views_of(config)
     _check_views(config, views)
     found = _images(config, sources)
-    source = _AllViews(found, views, config.data.image_size)
+    source = _AllViews(found, views, config.data.image_size, options.stop_on_error)
     _check_classes(config, source)
-    tokenizer = _tokenizer(config, found, out)
+    tokenizer = _tokenizer(config, found, out, options)
     encoder = _Encoder(config, tokenizer, source, options)
     shards = sharded.cut("train", range(0, len(source), options.shard_images), len(source))
     plan = {
@@ -202,13 +244,18 @@ def _digest(split: pipeline.Source | listing.Listing, names: Sequence[str]) -> s
     return digest.hexdigest()
 
 
-def _tokenizer(config: build.Config, found: _Images, out: pathlib.Path) -> types.Tokenizer:
+def _tokenizer(
+    config: build.Config, found: _Images, out: pathlib.Path, options: Options
+) -> types.Tokenizer:
     """The tokenizer: from weights, or fitted to the images, once."""
     if tokens.kind_of(config).network is not None:
         return build.tokenizer(config)
     if (out / tokens.FITTED).is_dir():
         return tokens.fitted_in(out, config)
-    return build.tokenizer(config, found.of_size(config.data.image_size))
+    source = found.of_size(config.data.image_size)
+    if not options.stop_on_error:
+        source = _Readable(source)
+    return build.tokenizer(config, source)  # pyright: ignore[reportArgumentType]  # as of tfds
 
 
 class _Encoder:
@@ -271,24 +318,29 @@ def _write(
     readers: futures.Executor | None,
     progress: sharded.Progress,
 ) -> None:
-    """Writes a shard, and then what is known of it."""
+    """Writes a shard of the images that can be read, and then what is known of it."""
     label: list[int] = []
+    failed: list[tuple[str, str]] = []
 
     def packed() -> Iterator[bytes]:
-        for row in _encoded(shard, encoder, readers):
+        for index, row in _encoded(shard, encoder, readers):
             progress.add()
+            if index in encoder.source.failed:
+                failed.append(encoder.source.failed[index])
+                logging.warning("%s %s", *failed[-1])
+                continue
             label.append(int(row.pop("label")))
             yield stored.pack(label[-1], row)
 
     records.write_shard(out / shard.file, packed())
-    sharded.keep(out, shard, label)
+    sharded.keep(out, shard, label, failed)
     progress.say(shard)
 
 
 def _encoded(
     shard: sharded.Shard, encoder: _Encoder, readers: futures.Executor | None
-) -> Iterator[dict[str, np.ndarray]]:
-    """The rows of a shard; a batch is read while the device is at the one before.
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The rows of a shard and their indices; a batch is read while the device is at the one before.
 
     Batches begin with the shard, so that its bytes do not depend on what was encoded before it.
     """
@@ -304,7 +356,7 @@ def _encoded(
 
 def _rows(
     indices: np.ndarray, arrays: dict[str, jax.Array], label: np.ndarray
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     found = {name: np.asarray(x) for name, x in arrays.items()}
     for row, index in enumerate(indices):
         item = {name: x[row] for name, x in found.items()}
@@ -314,7 +366,7 @@ def _rows(
                     f"image {index} has {name} that {x.dtype} does not hold: look at the "
                     "tokenizer, or take --dtype float32"
                 )
-        yield item | {"label": label[row]}
+        yield int(index), item | {"label": label[row]}
 
 
 def statistics(cache: stored.Stored) -> dict[str, float]:

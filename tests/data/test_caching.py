@@ -209,6 +209,36 @@ def test_stopped_and_divided_among_processes_it_is_the_same(
     assert caching.encode(*arguments)[0]["complete"] and contents(out) == contents(codes)
 
 
+def test_damaged_images_are_listed_and_left_out(weights, codes, tmp_path):
+    source, out = photographs.write_folder(tmp_path / "source"), tmp_path / "out"
+    folder = source / "train" / photographs.CLASSES[1]
+    (folder / "bad.jpg").write_bytes(photographs.jpeg(7)[:300])
+    config, options = config_of("vq", weights("vq")), caching.Options(FLIP, shard_images=3)
+    manifest, _ = caching.encode(config, [source], out, options)
+    assert manifest["failed"] == 1
+    for index in range(2):
+        processes = dict(process_index=index, process_count=2)
+        caching.encode(config, [source], tmp_path / "two", options, **processes)
+    assert contents(tmp_path / "two") == contents(out)
+    (name, why), _ = (x.split("\t") for x in f"{(out / 'failed.txt').read_text()}\t".split("\n"))
+    assert name.endswith("bad.jpg") and why.startswith("cannot be read as an image")
+    ours, whole = stored.Stored(out), stored.Stored(codes)
+    np.testing.assert_array_equal(ours.label, whole.label)
+    for i in range(len(whole)):
+        np.testing.assert_array_equal(ours.view(i, 1)["codes"], whole.view(i, 1)["codes"])
+
+
+def test_patches_are_fitted_without_the_damaged_images(tmp_path):
+    source = photographs.write_folder(tmp_path / "source")
+    small = ("tokenizer.num_codes=8", "data.image_size=16", "data.batch_size=4")
+    config = build.load_config(f"own_images:{source}", small)
+    for path in (source / "train" / photographs.CLASSES[0]).iterdir():
+        path.write_bytes(b"\xff\xd8")
+    with pytest.raises(ValueError, match=rf"of the class '{photographs.CLASSES[0]}' can be read"):
+        caching.encode(config, [source], tmp_path / "out")
+    assert len((tmp_path / "out" / "failed.txt").read_text().splitlines()) == 4
+
+
 @pytest.mark.slow
 def test_many_devices_encode_what_one_does(
     unpacked, weights, codes, tmp_path, one_device, monkeypatch
@@ -311,7 +341,8 @@ def test_what_cannot_be_encoded_costs_one_line(unpacked, weights, codes, tmp_pat
     ):
         assert message in encode(unpacked, *flags)
     assert not out.exists()
-    assert "bad.jpg cannot be read as an image" in encode(bad)
+    message = encode(bad, "--on_error", "stop")
+    assert "bad.jpg cannot be read as an image" in message and "or leave such images" in message
     message = refused(capsys, "prepare", "--source", codes, "--out", out)
     assert f"{codes} is a cache: train on it by data.name=cache and data.directory=" in message
     assert "was begun with another views" in encode(unpacked, "--views", "ten", to=codes)
