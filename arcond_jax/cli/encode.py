@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=caching.DTYPES, default="float16", help="of moments and latents"
     )
+    parser.add_argument(
+        "--batch_size",
+        type=prepare.count,
+        help=f"images at a time on each device; default: {caching.BATCH_SIZE}, or what fits",
+    )
     prepare.add_on_error(parser)
     parser.add_argument("--num_threads", type=prepare.count, help="default: one a core")
     prepare.add_process_arguments(parser)
@@ -59,7 +64,9 @@ def main(args: argparse.Namespace) -> None:
         config,
         args.source,
         args.out,
-        caching.Options(_views(args), args.dtype, stop_on_error=args.on_error == "stop"),
+        caching.Options(
+            _views(args), args.dtype, args.batch_size, stop_on_error=args.on_error == "stop"
+        ),
         num_threads=args.num_threads,
         process_index=args.process_index,
         process_count=args.process_count,

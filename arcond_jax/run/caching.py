@@ -25,7 +25,7 @@ from arcond_jax.tokenizers import kl
 
 DTYPES = ("float16", "float32")  # of moments and latents
 SHARD_IMAGES = 8192  # 256 MB of moments of two views in float16
-ENCODED = 128  # images at a time, where memory allows them
+BATCH_SIZE = 32  # images at a time on each device, where memory allows them: 8 GB at 256 pixels
 MEASURED = 1024  # images that statistics are made of, spread over the split
 
 
@@ -36,12 +36,15 @@ class Options:
     Attributes:
       views: Those of the config by default.
       dtype: Of moments and latents, of `DTYPES`.
+      batch_size: Images at a time on each device, on which the last bits depend; by default what
+        `out` was begun with, else `BATCH_SIZE`.
       stop_on_error: Whether an image that cannot be decoded ends it; it is left out otherwise.
       shard_images: Images of a shard.
     """
 
     views: views_lib.Views | None = None
     dtype: str = "float16"
+    batch_size: int | None = None
     stop_on_error: bool = False
     shard_images: int = SHARD_IMAGES
 
@@ -151,12 +154,29 @@ def encode(
     source = _AllViews(found, views, config.data.image_size, options.stop_on_error)
     _check_classes(config, source)
     tokenizer = _tokenizer(config, found, out, options)
-    encoder = _Encoder(config, tokenizer, source, options)
+    begun = records.read_manifest(out).get("batch_size") if records.is_prepared(out) else None
+    wanted = options.batch_size or begun or BATCH_SIZE
+    wanted = min(wanted, len(source), options.shard_images)
+    encoder = _Encoder(config, tokenizer, source, options.dtype, wanted)
+    if encoder.batch_size < wanted:
+        held = f"memory holds {encoder.batch_size} images at a time on each device"
+        if begun is not None:
+            raise ValueError(
+                f"{out} was begun with batch_size {begun}, {held}: go on where there is more, or "
+                "write to another folder"
+            )
+        logging.warning(
+            "%s, not %d: give --batch_size %d to other machines, for the same bytes",
+            held,
+            wanted,
+            encoder.batch_size,
+        )
     shards = sharded.cut("train", range(0, len(source), options.shard_images), len(source))
     plan = {
         "kind": stored.KIND,
         "arrays": encoder.described(),
         "tokenizer": tokens.described(config, tokenizer),
+        "batch_size": encoder.batch_size,
         "image_size": config.data.image_size,
         "crop": "adm",
         "views": dataclasses.asdict(views) | {"names": views.names},
@@ -259,14 +279,21 @@ def _tokenizer(
 
 
 class _Encoder:
-    """All views of a batch of images to arrays of the tokenizer, on the devices of this process."""
+    """All views of a batch of images to arrays of the tokenizer, on the devices of this process.
+
+    Attributes:
+      batch_size: Images on each device.
+      num_images: Images of a batch.
+      arrays: Shapes and types of what comes of it.
+    """
 
     def __init__(
         self,
         config: build.Config,
         tokenizer: types.Tokenizer,
         source: _AllViews,
-        options: Options,
+        dtype: str,
+        batch_size: int,
     ) -> None:
         self._mesh = mesh_lib.make_mesh(devices=jax.local_devices())
         self._tokenizer = jax.device_put(tokenizer, mesh_lib.replicated(self._mesh))
@@ -280,7 +307,7 @@ class _Encoder:
             )
             kept = {x.name: getattr(of_view, x.name) for x in dataclasses.fields(of_view)}
             return {
-                name: x.swapaxes(0, 1).astype(types_of.get(name, options.dtype))
+                name: x.swapaxes(0, 1).astype(types_of.get(name, dtype))
                 for name, x in kept.items()
                 if x is not None
             }
@@ -293,10 +320,9 @@ class _Encoder:
             image = jax.ShapeDtypeStruct((size, *shape), pixels, sharding=place)
             return self._run.lower(self._tokenizer, image)
 
-        self.batch_size = memory.batch_size(
-            lower, min(len(source), options.shard_images), at_most=ENCODED, mesh=self._mesh
-        )
-        self.arrays = lower(self.batch_size).out_info
+        self.batch_size = memory.halved(lower, batch_size, mesh=self._mesh)
+        self.num_images = self.batch_size * mesh_lib.num_batch_shards(self._mesh)
+        self.arrays = lower(self.num_images).out_info
 
     def described(self) -> dict[str, Any]:
         """Shape of one view and type, of each array."""
@@ -344,7 +370,7 @@ def _encoded(
 
     Batches begin with the shard, so that its bytes do not depend on what was encoded before it.
     """
-    running, size = collections.deque(), encoder.batch_size
+    running, size = collections.deque(), encoder.num_images
     for start in range(shard.start, shard.stop, size):
         indices = np.arange(start, min(start + size, shard.stop))
         loaded = pipeline.load(encoder.source, np.resize(indices, size), readers)

@@ -19,6 +19,7 @@ from arcond_jax.build import data as data_lib
 from arcond_jax.cli import main as cli
 from arcond_jax.data import folder, images, pipeline, records, stored
 from arcond_jax.data import views as views_lib
+from arcond_jax.parallel import memory
 from arcond_jax.run import caching
 
 SMALL = ("multipliers=(1,1)", "width=32", "num_blocks=1")
@@ -237,6 +238,27 @@ def test_patches_are_fitted_without_the_damaged_images(tmp_path):
     with pytest.raises(ValueError, match=rf"of the class '{photographs.CLASSES[0]}' can be read"):
         caching.encode(config, [source], tmp_path / "out")
     assert len((tmp_path / "out" / "failed.txt").read_text().splitlines()) == 4
+
+
+def test_another_machine_goes_on_with_the_same_batches_or_not_at_all(
+    unpacked, weights, codes, tmp_path, monkeypatch, caplog
+):
+    def encode(out, memory_bytes):
+        monkeypatch.setattr(memory, "of_device", lambda mesh: memory_bytes)
+        options = caching.Options(FLIP, shard_images=3)
+        return caching.encode(config_of("vq", weights("vq")), [unpacked], out, options)[0]
+
+    out, whole = tmp_path / "out", contents(codes)
+    assert json.loads(whole["manifest.json"])["batch_size"] == 3
+    assert encode(out, memory_bytes=1)["batch_size"] == 1
+    assert "memory holds 1 images at a time on each device, not 3: give --b" in caplog.text
+    small = contents(out)
+    sorted(out.glob("train-*"))[1].unlink()
+    encode(out, memory_bytes=2**30)
+    assert contents(out) == small
+    with pytest.raises(ValueError, match=r"begun with batch_size 3, memory holds 1 images .*: go"):
+        encode(codes, memory_bytes=1)
+    assert contents(codes) == whole
 
 
 @pytest.mark.slow
