@@ -147,6 +147,35 @@ def test_a_batch_of_the_cache_has_the_tokens_of_its_images(
             assert not found
 
 
+TINY_MAR = (
+    *("training.learning_rate=1e-2", "training.num_warmup_steps=1", "training.decay=constant"),
+    *(f"model.{x}" for x in ("encoder_depth=1", "encoder_width=16", "encoder_num_heads=2")),
+    *(f"model.{x}" for x in ("decoder_depth=2", "decoder_width=16", "decoder_num_heads=2")),
+    *("diffusion_head.depth=1", "diffusion_head.width=16", "loss.num_copies=1"),
+)
+
+
+@pytest.mark.slow
+def test_losses_from_moments_are_those_with_the_encoder_in_the_step(unpacked, weights, tmp_path):
+    """Over updates: views, draws of latents, masks and noise are the same."""
+    config = config_of("kl", weights("kl"), f"data.directory={unpacked}", *TINY_MAR)
+    mesh, tokenizer, losses = build.mesh(config), build.tokenizer(config), []
+    for dtype in ("", *caching.DTYPES):
+        out, tried = tmp_path / dtype, config
+        if dtype:
+            caching.encode(config, [unpacked], out, caching.Options(dtype=dtype))
+            tried = reading(config, out)
+        step_fn, state = build.train_step(tried, mesh, tokenizer), build.train_state(tried, mesh)
+        losses.append([])
+        for batch in batches(tried, count=6):
+            state, metrics = step_fn(state, tokenizer, batch)
+            losses[-1].append(float(metrics["loss"]))
+    of_images, of_float16, of_float32 = losses
+    print(losses)
+    np.testing.assert_allclose(of_float32, of_images, rtol=1e-6)
+    np.testing.assert_allclose(of_float16, of_images, rtol=1e-3)
+
+
 def test_the_pair_of_patches_is_kept_with_its_tokenizer(unpacked, tmp_path):
     small = ("tokenizer.num_codes=8", "data.image_size=16", "data.batch_size=4")
     config = build.load_config(f"own_images:{unpacked}", small)
