@@ -171,7 +171,6 @@ def test_losses_from_moments_are_those_with_the_encoder_in_the_step(unpacked, we
             state, metrics = step_fn(state, tokenizer, batch)
             losses[-1].append(float(metrics["loss"]))
     of_images, of_float16, of_float32 = losses
-    print(losses)
     np.testing.assert_allclose(of_float32, of_images, rtol=1e-6)
     np.testing.assert_allclose(of_float16, of_images, rtol=1e-3)
 
