@@ -7,7 +7,7 @@ the machine change. With --cache, records of tokens in the place of images; with
 models at full size, with the tokenizer in the step and from a cache (6 GB of memory, 15 minutes).
 
   python benchmarks/data.py ~/photographs --num_images 100 --image_size 256
-  python benchmarks/data.py --cache --num_images 2000 --batch_size 200
+  python benchmarks/data.py --cache --num_images 20000 --batch_size 200
   python benchmarks/data.py --steps --batch_size 2 --repeats 3
 """
 
