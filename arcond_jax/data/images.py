@@ -122,6 +122,9 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         raise ValueError(f"{image.format} of mode {image.mode}: save it with 8 bits")
     if image.mode in ("P", "PA") and "transparency" in image.info:
         return image.convert("RGBA").convert(mode)  # the same colours, without a warning
+    if image.mode == mode:
+        image.load()  # `convert` would copy it
+        return image
     return image.convert(mode)
 
 
