@@ -3,7 +3,8 @@
 With parameters away from their initial values: what starts at zero hides what is wrong behind it.
 """
 
-import flax.linen as nn
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -12,57 +13,112 @@ import tiny
 from arcond_jax import build
 from arcond_jax.parallel import compiled
 from arcond_jax.parallel import mesh as mesh_lib
+from arcond_jax.run import refinement, restoring
 from arcond_jax.transport import refiners
 
-MESHES = (dict(devices=jax.devices()[:1]), dict(data=2, fsdp=2, tensor=2))
+MESHES = {
+    "8x1x1": dict(data=8),
+    "2x4x1": dict(data=2, fsdp=4),
+    "2x2x2": dict(data=2, fsdp=2, tensor=2),
+    "1x8x1": dict(fsdp=8),
+    "1x1x8": dict(tensor=8),
+}
 LABEL = np.arange(8, dtype=np.int32)
+HEADS = ("model.depth=2", "model.width=32", "model.num_heads=8")
+HEAD_WIDTH = ("diffusion_head.width=32",)
+GUIDED = ("sampling.guidance_scale=2",)
+CLIPPED = ("sampling.clip_latents=2", "sampling.num_head_evaluations=2")
 MAR = (
+    "model.encoder_width=32",
+    "model.decoder_width=32",
+    "model.encoder_num_heads=8",
+    "model.decoder_num_heads=8",
     "sampling.num_ar_steps=2",
     "sampling.num_buckets=1",
-    "sampling.num_head_evaluations=2",
 )
-DIT = (
-    "model.depth=2",
-    "model.width=16",
-    "model.num_heads=2",
-    "sampling.num_head_evaluations=2",
-    "sampling.clip_latents=2",
-    "sampling.guidance_scale=2",
-)
+REFINED = ("transport.kind=residual", "transport.num_directions=8")
+SETTINGS = {
+    "mar": (*MAR, *HEAD_WIDTH, *CLIPPED),
+    "ar": (*HEADS, *HEAD_WIDTH, *CLIPPED),
+    "joint": (*HEADS, *HEAD_WIDTH, *CLIPPED, *GUIDED, *REFINED),
+    "tensorar": (*HEADS, *GUIDED),
+    "dit": (*HEADS, *CLIPPED, *GUIDED),
+    "rar": (*HEADS, "model.mlp_hidden=64", "tokenizer.num_codes=8", *GUIDED),
+}
+QUICK = {("mar", "2x2x2"), ("dit", "2x2x2"), ("rar", "2x4x1"), ("ar", "1x1x8")}
 
 
-def config_of(backbone):
-    if backbone == "mar":
-        return tiny.config("mar", *MAR)
-    return build.with_overrides(build.config(model="dit", tokenizer="pixels", data="digits"), DIT)
+def config_of(family):
+    if family in ("dit", "rar"):
+        tokenizer = {"dit": "pixels", "rar": "patches"}[family]
+        config = build.config(model=family, tokenizer=tokenizer, data="digits")
+        return build.with_overrides(config, SETTINGS[family])
+    return tiny.config(family, *SETTINGS[family])
 
 
-@pytest.mark.parametrize("backbone", ["mar", "dit"])
-def test_loss_and_samples_are_those_of_one_device(backbone):
-    config = config_of(backbone)
-    generator, loop = build.generator(config), build.sampler(config)
-    boxed = jax.eval_shape(generator.init, jax.random.key(0))
-    leaves, structure = jax.tree.flatten(nn.unbox(boxed))
-    rng = np.random.default_rng(0)
-    params = jax.tree.unflatten(
-        structure, [0.2 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
-    )
-    tokenizer = build.tokenizer(config)
-    image = np.stack([build.source(config, "train")[i]["image"] for i in range(len(LABEL))])
+class Backbone:
+    """A family with its parameters, refiner and data."""
 
-    def run(params, tokenizer, image, label):
-        key = jax.random.key(1)
-        loss, _ = generator.loss(params, tokenizer.encode(image), label, key)
-        return loss, loop(params, key, label, refiner=refiners.Identity()).tokens.latents
+    def __init__(self, family):
+        self.config = config_of(family)
+        self.boxed = build.abstract_params(self.config)
+        self.params = tiny.random_params(self.boxed)
+        self.tokenizer = build.tokenizer(self.config)
+        split = build.source(self.config, "train")
+        self.image = np.stack([split[i]["image"] for i in range(len(LABEL))])
+        self.refiner = self._refiner()
 
-    found = []
-    for options in MESHES:
-        mesh = mesh_lib.make_mesh(**options)
+    def _refiner(self):
+        if self.config.transport.kind != "residual":
+            return refiners.Identity()
+        mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+        trained = restoring.Trained(self.config, mesh, self.tokenizer, self.params, None, 0, None)
+        return jax.device_get(refinement.calibrate(trained))
+
+    @functools.cache  # noqa: B019  # as long as the tests of the module
+    def on(self, mesh):
+        """Loss, gradient and tokens, on the host; `mesh` None is one device."""
+        devices = jax.devices()[:1] if mesh is None else None
+        mesh = mesh_lib.make_mesh(devices=devices, **({} if mesh is None else MESHES[mesh]))
+        generator, loop = build.generator(self.config), build.sampler(self.config)
+
+        def run(params, tokenizer, refiner, image, label):
+            key = jax.random.key(1)
+            tokens = tokenizer.encode(image)
+            loss, gradient = jax.value_and_grad(
+                lambda params: generator.loss(params, tokens, label, key)[0]
+            )(params)
+            drawn = loop(params, key, label, refiner=refiner, code_law=tokenizer.code_law)
+            return loss, gradient, drawn.tokens
+
         whole, batch = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
-        places = (mesh_lib.tree_shardings(boxed, mesh), whole, batch, batch)
-        args = jax.device_put((params, tokenizer, image, LABEL), places)
-        found.append(compiled.Compiled(run, mesh, in_shardings=places)(*args))
-    (loss, latents), (mesh_loss, mesh_latents) = found
+        places = (mesh_lib.tree_shardings(self.boxed, mesh), whole, whole, batch, batch)
+        args = (self.params, self.tokenizer, self.refiner, self.image, LABEL)
+        program = compiled.Compiled(run, mesh, in_shardings=places)
+        return jax.device_get(program(*jax.device_put(args, places)))
+
+
+backbone = functools.cache(Backbone)
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [
+        pytest.param(family, mesh, marks=[] if (family, mesh) in QUICK else [pytest.mark.slow])
+        for family in SETTINGS
+        for mesh in MESHES
+    ],
+)
+def test_loss_gradient_and_samples_are_those_of_one_device(family, mesh):
+    loss, gradient, tokens = backbone(family).on(None)
+    mesh_loss, mesh_gradient, mesh_tokens = backbone(family).on(mesh)
     np.testing.assert_allclose(mesh_loss, loss, rtol=1e-5)
-    assert np.abs(latents).max() > 0.1
-    np.testing.assert_allclose(mesh_latents, latents, rtol=1e-3, atol=1e-3)
+    norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(gradient)))
+    assert norm > 0
+    for ours, theirs in zip(jax.tree.leaves(mesh_gradient), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * norm)
+    if tokens.codes is not None:
+        np.testing.assert_array_equal(mesh_tokens.codes, tokens.codes)
+    if tokens.latents is not None:
+        assert np.abs(tokens.latents).max() > 0.1
+        np.testing.assert_allclose(mesh_tokens.latents, tokens.latents, rtol=1e-3, atol=1e-3)
