@@ -4,12 +4,13 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types lock clean
+.PHONY: help setup demo test tpu lint types lock clean
 
 help:
 	@echo "make setup   install into .venv"
 	@echo "make demo    train, sample and score on two CPU cores, from nothing"
 	@echo "make test    run the tests"
+	@echo "make tpu     compile for TPUs, without one"
 	@echo "make lint    check style, rows and doors"
 	@echo "make types   check types"
 	@echo "make lock    write requirements.lock again (needs uv)"
@@ -22,7 +23,12 @@ demo: setup
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/arcond demo
 
 test: setup
-	$(BIN)/pytest -q -m "not slow" -n 2 --dist loadfile
+	$(BIN)/pytest -q -m "not slow and not tpu" -n 2 --dist loadfile
+
+# With FULL=1 also the configs at full size, which takes hours.
+tpu: setup
+	$(BIN)/python -m pip install -q -e '.[tpu]'
+	JAX_PLATFORMS=cpu $(BIN)/pytest -q -m "tpu $(if $(FULL),,and not slow)" tests/tpu
 
 lint: setup
 	$(BIN)/ruff check .

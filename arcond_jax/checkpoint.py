@@ -1,10 +1,11 @@
 """Saves what a run needs to continue, and restores it on any mesh; the only door to Orbax.
 
-A checkpoint of a run holds `state` and `tokenizer` (trees of arrays, written shard by shard),
-`data` (the position of the data iterator) and `config` (both plain JSON), and `digests` of all of
-them, by which a bit that flipped on the disk is found when it is read. It is written in the
-background and appears under its step number only when it is whole, so a killed run leaves every
-earlier one intact. Directories may be local or a bucket (`gs://...`).
+A checkpoint of a run holds `state` (a tree of arrays, written shard by shard), `data` (the position
+of the data iterator) and `config` (both plain JSON), and `digests` of all of them, by which a bit
+that flipped on the disk is found when it is read. It may hold a `tokenizer` too, as those of
+earlier versions do. It is written in the background and appears under its step number only when it
+is whole, so a killed run leaves every earlier one intact. Directories may be local or a bucket
+(`gs://...`).
 """
 
 import contextlib

@@ -12,13 +12,31 @@ from arcond_jax.config import Config, ConfigError
 VERSION = 2
 
 
-APART = ("version", "class_names")  # what is saved beside the settings
+APART = ("version", "class_names", "tokenizer_sha256")  # what is saved beside the settings
 
 
-def dump(config: Config, class_names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The config as plain JSON, with the version of its layout and the names of the labels."""
-    names = {} if class_names is None else {"class_names": list(class_names)}
-    return {"version": VERSION} | names | config.to_dict()
+def dump(
+    config: Config,
+    class_names: Sequence[str] | None = None,
+    *,
+    tokenizer_sha256: str | None = None,
+) -> dict[str, Any]:
+    """The config as plain JSON, with the version of its layout and the names of the labels.
+
+    Args:
+      tokenizer_sha256: Of the tokenizer of a run, which lies beside its checkpoints.
+    """
+    beside: dict[str, Any] = {"version": VERSION}
+    if class_names is not None:
+        beside["class_names"] = list(class_names)
+    if tokenizer_sha256 is not None:
+        beside["tokenizer_sha256"] = tokenizer_sha256
+    return beside | config.to_dict()
+
+
+def tokenizer_sha256(saved: Mapping[str, Any]) -> str | None:
+    """What `dump` was told of the tokenizer; None where a checkpoint holds its own."""
+    return saved.get("tokenizer_sha256")
 
 
 def class_names(saved: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -247,13 +247,18 @@ def fitted_in(cache: pathlib.Path, config: Config) -> types.Tokenizer:
     return checkpoint.load_tree(str(cache / FITTED), abstract_tokenizer(config))
 
 
+def sha256(made: types.Tokenizer) -> str:
+    """A digest of a tokenizer's parameters."""
+    return digest.of_json(digest.of_tree(made))
+
+
 def described(config: Config, made: types.Tokenizer) -> dict[str, Any]:
     """What a cache says of its tokenizer: its kind and sizes, and a digest of its parameters."""
     # Moments are kept before they are cut into tokens and scaled.
     apart = APART if config.tokenizer.name == "kl" else ("name", "path")
     return {
         "name": config.tokenizer.name,
-        "sha256": digest.of_json(digest.of_tree(made)),
+        "sha256": sha256(made),
         "dtype": config.training.dtype,
         "network": {name: x for name, x in config.tokenizer.to_dict().items() if name not in apart},
     }

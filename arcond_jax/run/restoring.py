@@ -98,7 +98,7 @@ def restore(
         mesh = build.mesh(config)
         # Only training needs the last iterate and the optimizer.
         restored = read_run(
-            checkpoints, config, saved, mesh, step=step, unread=("params", "opt_state")
+            workdir, checkpoints, config, saved, mesh, step=step, unread=("params", "opt_state")
         )
     step, params = restored.step, restored.state.ema
     tokens.check_finite(params, f"{workdir} at step {step}")
@@ -182,6 +182,7 @@ def saved_config(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def read_run(
+    workdir: epath.PathLike,
     checkpoints: checkpoint.Checkpoints,
     config: build.Config,
     saved: Mapping[str, Any],
@@ -195,16 +196,49 @@ def read_run(
     Args:
       saved: The config beside it.
       unread: Branches of the state that stay on disk.
+
+    Raises:
+      checkpoint.CheckpointError: It is damaged, of another model, or the tokenizer of the run is
+        gone or another one.
     """
     tokenizer = _whole(build.abstract_tokenizer(config), mesh)
     state = state_lib.abstract_on(build.abstract_state(config), mesh)
-    then = saved_lib.trees_then(saved, state, tokenizer, config)
     unread = (*unread, *saved_lib.dropped(saved))
+    known = saved_lib.tokenizer_sha256(saved)
+    if known is not None:
+        restored = checkpoints.restore(state, step=step, unread=unread)
+        made = checkpoint.load_tree(str(_tokenizer_folder(workdir)), tokenizer)
+        if tokens.sha256(made) != known:
+            raise checkpoint.CheckpointError(
+                f"{_tokenizer_folder(workdir)} is not the tokenizer that the checkpoints of "
+                f"{workdir} were trained with: bring back the run's own"
+            )
+        return dataclasses.replace(restored, tokenizer=made)
+    then = saved_lib.trees_then(saved, state, tokenizer, config)
     restored = checkpoints.restore(then[0], abstract_tokenizer=then[1], step=step, unread=unread)
     now = saved_lib.trees_now(
         saved, (restored.state, restored.tokenizer), (state, tokenizer), config
     )
     return dataclasses.replace(restored, state=now[0], tokenizer=now[1])
+
+
+def keep_tokenizer(workdir: epath.PathLike, tokenizer: types.Tokenizer) -> str:
+    """Writes the tokenizer of a run, once for all its checkpoints; returns its digest.
+
+    Raises:
+      checkpoint.CheckpointError: It cannot be written.
+    """
+    folder, sha256 = _tokenizer_folder(workdir), tokens.sha256(tokenizer)
+    if folder.is_dir() and checkpoint.load_metadata(str(folder)).get("sha256") == sha256:
+        return sha256
+    if folder.is_dir():  # of a run whose checkpoints are gone
+        folder.rmtree()
+    checkpoint.save_tree(str(folder), tokenizer, {"sha256": sha256})
+    return sha256
+
+
+def _tokenizer_folder(workdir: epath.PathLike) -> epath.Path:
+    return epath.Path(workdir) / tokens.FITTED
 
 
 def class_names_of(workdir: epath.PathLike) -> tuple[str, ...] | None:

@@ -122,13 +122,14 @@ def _train(
 ) -> state_lib.TrainState:
     """The state after the last step, or after the one at which the run was told to stop; saved."""
     config, tokenizer, settings = trained.config, trained.tokenizer, trained.config.training
-    saved_config = saved_lib.dump(config, batches.class_names)
+    sha256 = restoring.keep_tokenizer(workdir, tokenizer)
+    saved_config = saved_lib.dump(config, batches.class_names, tokenizer_sha256=sha256)
 
     def save(step: int, state: state_lib.TrainState) -> None:
         checkpoints.save(
             step,
             state=state,
-            tokenizer=tokenizer,
+            tokenizer=None,
             data=batches.get_state(),
             config=saved_config,
             force=True,
@@ -210,7 +211,8 @@ def _resumed(
     saved = checkpoints.config(restart_from)
     restoring.check_same_run(config, saved, workdir)
     restoring.check_same_classes(batches.class_names, saved, workdir)
-    restored = restoring.read_run(checkpoints, config, saved, batches.mesh, step=restart_from)
+    mesh, step = batches.mesh, restart_from
+    restored = restoring.read_run(workdir, checkpoints, config, saved, mesh, step=step)
     build.check_cache(config, restored.tokenizer)
     if not (isinstance(restored.data, dict) and type(restored.data.get("next_index")) is int):
         raise checkpoint.CheckpointError(

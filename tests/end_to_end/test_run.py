@@ -236,7 +236,7 @@ def test_what_a_run_writes(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config_lib.flat(saved_lib.load(config)) == config_lib.flat(tiny.config())
     written = {path.name for path in finished.iterdir()} - {"classifier.npz"}  # of an evaluation
-    assert written == {"bank", "checkpoints", "config.json", "metrics.jsonl"}
+    assert written == {"bank", "checkpoints", "config.json", "metrics.jsonl", "tokenizer"}
     rows = rows_without_time(finished)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "loss_diffusion", "loss_tensor", "learning_rate"} <= rows[0].keys()
@@ -343,12 +343,26 @@ def test_a_refiner_of_another_step_is_refused(calibrated, finished):
         refinement.load_refiner(restoring.restore(finished, step=4), folder, trained.config)
 
 
+def test_the_tokenizer_lies_once_beside_the_checkpoints(finished, copy_of):
+    workdir = copy_of(finished)
+    steps = list((workdir / "checkpoints").iterdir())
+    assert not [step for step in steps if (step / "tokenizer").exists()]
+    shutil.rmtree(workdir / "tokenizer")
+    other = dataclasses.replace(restoring.restore(finished).tokenizer, mean=np.ones(4, np.float32))
+    restoring.keep_tokenizer(workdir, other)
+    with pytest.raises(checkpoint.CheckpointError, match="is not the tokenizer that the checkp"):
+        restoring.restore(workdir)
+    shutil.rmtree(workdir / "tokenizer")
+    with pytest.raises(checkpoint.CheckpointError, match="tokenizer does not exist"):
+        restoring.restore(workdir)
+
+
 def test_a_run_that_is_not_finite_is_not_sampled_from(finished, copy_of):
     """An average with a NaN would draw one picture for all, without an error."""
     workdir, config = copy_of(finished), tiny.config()
     with checkpoint.Checkpoints(f"{workdir}/checkpoints", every=1) as checkpoints:
         saved = checkpoints.config()
-        run = restoring.read_run(checkpoints, config, saved, build.mesh(config))
+        run = restoring.read_run(workdir, checkpoints, config, saved, build.mesh(config))
         broken = jax.tree.map(
             lambda x: jax.device_put(np.full(x.shape, np.nan, x.dtype), x.sharding), run.state.ema
         )

@@ -1,0 +1,97 @@
+"""What the TPU's own compiler makes of updates and samplers, without a TPU.
+
+`make tpu` runs these. Small versions take about a minute each on two cores; full sizes, marked slow
+as well, take up to half an hour.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import pytest
+
+from arcond_jax import aot, build
+from arcond_jax.parallel import topology
+
+pytestmark = pytest.mark.tpu
+
+pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'arcond_jax[tpu]'")
+
+CACHE = "data.name=cache"
+TRUNK = ("model.depth=2", "model.width=320", "model.num_heads=5")
+HEAD = ("diffusion_head.depth=2", "diffusion_head.width=320")
+MAR = (
+    "model.encoder_depth=2",
+    "model.decoder_depth=3",
+    "model.encoder_width=320",
+    "model.decoder_width=320",
+    "model.encoder_num_heads=5",
+    "model.decoder_num_heads=5",
+)
+SMALL = {
+    "ar_xl_imagenet256": (CACHE, *TRUNK, *HEAD),
+    "joint_xl_imagenet256:joint_tensorar": (CACHE, *TRUNK, *HEAD),
+    "mar_huge_imagenet256": (CACHE, *MAR, *HEAD),
+    "cdm_xl_imagenet256": (CACHE, *TRUNK),
+    "rar_xl": (*TRUNK, "model.mlp_hidden=1280"),
+    "llamagen_xl_256:tensorar_v1": TRUNK,
+}
+BATCH = 4 * 23
+
+
+def moved(report):
+    return sum(x.bytes * x.times for x in report.collectives)
+
+
+def num_params(config):
+    return sum(x.size for x in jax.tree.leaves(nn.unbox(build.abstract_params(config))))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_update_moves_its_weights_and_no_activations(name):
+    settings = (*SMALL[name], f"data.batch_size={BATCH}", "mesh.fsdp=4")
+    config = build.load_config(name, settings)
+    report = aot.compile_for(config, topology.named("v5e:2x2"))
+    assert report.fits
+    leaves = jax.tree.leaves(nn.unbox(build.abstract_params(config)))
+    for x in report.collectives:
+        for _, shape in x.shapes:
+            assert math.prod(shape) <= max(leaf.size for leaf in leaves), x
+            assert not [size for size in shape if size and size % 23 == 0], x
+    assert moved(report) < 1.5 * 3 * 2 * num_params(config)
+
+
+@pytest.mark.parametrize("name", ["llamagen_xl_256", "ar_xl_imagenet256", "mar_huge_imagenet256"])
+def test_a_small_guided_sampler_does_not_communicate(name):
+    settings = (*SMALL.get(name, TRUNK), "data.batch_size=8", "sampling.guidance_scale=2")
+    config = build.load_config(name, settings)
+    report = aot.compile_for(config, topology.named("v5e:2x2"), what="sample")
+    assert report.fits and report.collectives == []
+
+
+FULL = (
+    "ar_xl_imagenet256",
+    "mar_huge_imagenet256",
+    "llamagen_xxl_384",
+    "rar_xl",
+    "cdm_xl_imagenet256",
+    "joint_xl_imagenet256:joint_tensorar",
+)
+PIECES = {"ar_xl_imagenet256": 4, "mar_huge_imagenet256": 4, FULL[-1]: 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_update_fits_a_pod_and_moves_no_more_than_its_weights(name):
+    config = build.load_config(name, ["mesh.fsdp=16"])
+    report = aot.compile_for(config, topology.named("v5e:16x16"))
+    assert report.fits and report.spare > 0.3
+    assert moved(report) < 1.5 * 3 * 2 * num_params(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_update_fits_sixteen_chips_in_pieces(name):
+    pieces = PIECES.get(name, 1)
+    config = build.load_config(name, ["mesh.fsdp=16", f"training.num_accumulations={pieces}"])
+    assert aot.compile_for(config, topology.named("v5e:4x4")).fits
