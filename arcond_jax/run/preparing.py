@@ -205,7 +205,8 @@ def _checked(split: listing.Listing, row: int, resize: int | None) -> bytes | st
         )
         return content.getvalue()
     except (ValueError, OSError) as error:
-        return " ".join(str(error).removeprefix(f"{name} ").removeprefix(f"{name}: ").split())
+        why = str(getattr(error, "strerror", None) or error)
+        return " ".join(why.removeprefix(f"{name} ").removeprefix(f"{name}: ").split())
 
 
 def _finish(out: pathlib.Path, shards: list[sharded.Shard], plan: dict[str, Any]) -> dict[str, Any]:
