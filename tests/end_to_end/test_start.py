@@ -122,3 +122,31 @@ def test_the_settings_of_jax_come_first(tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     assert chosen() == str(tmp_path / "mine")
     assert os.listdir(tmp_path) == []
+
+
+def test_half_an_entry_is_replaced_without_a_word(tmp_path):
+    code = (
+        "import jax; from arcond_jax.cli import compilation\n"
+        "compilation.keep(); print(jax.jit(lambda x: x + 1)(1))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+
+    def entries():
+        made = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert (made.stdout, made.stderr) == ("2\n", "")
+        return {path: path.read_bytes() for path in tmp_path.rglob("*-cache")}
+
+    whole = entries()
+    assert whole
+    for path, content in whole.items():
+        path.write_bytes(content[: len(content) // 2])
+    again = entries()
+    assert again.keys() == whole.keys()
+    assert all(len(again[path]) > len(whole[path]) // 2 for path in whole)
