@@ -42,6 +42,12 @@ def abandon() -> None:
         _remove(path)
 
 
+def remove(path: epath.PathLike) -> None:
+    """Removes a file or folder if it is there, and says nothing if it cannot; not in buckets."""
+    if not _in_bucket(path):
+        _remove(pathlib.Path(path))
+
+
 def _remove(path: pathlib.Path) -> None:
     for _ in range(10 if path.is_dir() else 0):  # another thread may still be filling it
         shutil.rmtree(path, ignore_errors=True)

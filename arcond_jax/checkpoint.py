@@ -9,6 +9,7 @@ earlier one intact. Directories may be local or a bucket (`gs://...`).
 
 import contextlib
 import dataclasses
+import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -55,6 +56,7 @@ class Checkpoints:
         self._directory = _absolute(directory)
         self._position: int | None = None  # the step this run last saved or restored
         self._read_only = every is None
+        self._failed = False  # whether a write has
         if every is None:
             if not self._directory.is_dir():
                 raise CheckpointError(f"{self._directory} does not exist: train there first.")
@@ -194,15 +196,36 @@ class Checkpoints:
         """
         return self._manager.reached_preemption(step)
 
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._manager.is_saving_in_progress()
+
+    def check(self) -> None:
+        """Asks, without waiting, whether the last checkpoint that was started has failed.
+
+        Raises:
+          CheckpointError: It has.
+        """
+        if not self.is_writing():
+            self.wait()
+
     def wait(self) -> None:
-        """Returns when every started checkpoint is whole."""
+        """Returns when every started checkpoint is whole.
+
+        Raises:
+          CheckpointError: One failed.
+        """
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and stops the background threads."""
-        with self._writing():
-            self._manager.close()
+        """Waits, stops the background threads, and removes what they left of a failed write."""
+        try:
+            with self._writing():
+                self._manager.close()
+        finally:
+            if self._failed and jax.process_index() == 0:
+                self._remove_unfinished()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -226,7 +249,17 @@ class Checkpoints:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         with _one_line(f"Writing to {self._directory} failed", "free space or use another one"):
-            yield
+            try:
+                yield
+            except Exception:
+                self._failed = True
+                raise
+
+    def _remove_unfinished(self) -> None:
+        for _ in range(10):  # writes that nothing waits for may go on for a moment
+            for half in self._directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
+                atomic.remove(half)
+            time.sleep(0.1)
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:

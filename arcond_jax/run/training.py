@@ -138,11 +138,16 @@ def _train(
         save(0, state)  # from here on the tokenizer is never fitted again
     atomic.write_text(workdir / "config.json", json.dumps(saved_config, indent=2) + "\n")
     logging.info("parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
-    step_fn = build.train_step(config, trained.mesh, tokenizer)
+    compiled_step = build.train_step(config, trained.mesh, tokenizer)
+
+    def step_fn(state: state_lib.TrainState, batch: types.Batch) -> tuple[Any, dict]:
+        checkpoints.check()  # no step more than needed where the disk is full
+        return compiled_step(state, tokenizer, batch)
+
     return loop.train(
         state,
         batches,
-        step_fn=lambda state, batch: step_fn(state, tokenizer, batch),
+        step_fn=step_fn,
         num_train_steps=settings.num_train_steps,
         intervals=loop.Intervals(
             log=settings.log_every,
