@@ -3,7 +3,7 @@
 Python tells its main thread of a signal only between two of its own steps, so that one which comes
 while XLA compiles would wait for minutes; and an exception that is raised there may end in a
 callback of XLA, which drops it. A thread of our own ends the process instead. Training keeps its
-own handlers while it runs (`training.stopping`), and saves first.
+own handlers while it runs (`training.stopping`), and saves first; the thread only tells it.
 """
 
 import os
@@ -11,6 +11,8 @@ import signal
 import sys
 import threading
 from typing import Any
+
+from arcond_jax.training import stopping
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SECONDS = 10.0  # for what is half-written to be removed
@@ -39,8 +41,16 @@ def _left_to_the_watcher(number: int, _: Any) -> None:
 def _watch(reading: int) -> None:
     while True:
         number = os.read(reading, 1)[0]
-        if number in SIGNALS and signal.getsignal(number) is _left_to_the_watcher:
+        if number in SIGNALS and _ends(signal.Signals(number)):
             _leave(signal.Signals(number))
+
+
+def _ends(number: signal.Signals) -> bool:
+    handler = signal.getsignal(number)
+    training = getattr(handler, "__self__", None)
+    if isinstance(training, stopping.Stop):
+        return training.heard(number)
+    return handler is _left_to_the_watcher
 
 
 def _leave(number: signal.Signals) -> None:

@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         leaving.on_signals()
         argv = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # before a library does
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    for quieter in ("jax", "matplotlib"):
+        logging.getLogger(quieter).setLevel(logging.WARNING)
     # Orbax logs what it raises as well, and what ends after a first read or write failed.
     for noisy in ("absl", "orbax", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)

@@ -83,6 +83,7 @@ def train(
             keep=settings.checkpoints_kept,
         ) as checkpoints,
     ):
+        stop.is_writing = checkpoints.is_writing
         state, tokenizer = fresh or _resumed(config, workdir, checkpoints, batches, restart_from)
         tokenizer = jax.device_put(tokenizer, mesh_lib.replicated(mesh))
         trained = restoring.Trained(
@@ -93,6 +94,7 @@ def train(
             state = _train(trained, workdir, checkpoints, batches, state, draw, stop)
             trained = dataclasses.replace(trained, params=state.ema, step=int(state.step))
         checkpoints.wait()
+        stop.unsaved = False
         if stop or trained.step < settings.num_train_steps:
             return False
         _fill_bank(trained, workdir)

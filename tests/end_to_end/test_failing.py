@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -97,6 +98,48 @@ def test_a_signal_ends_a_command_at_once_and_leaves_nothing(number, line, tmp_pa
         _, error = process.communicate(timeout=20)
     assert (process.returncode, error) == (128 + number, line)
     assert os.listdir(tmp_path) == []
+
+
+# Trains, and is in XLA for a while: other threads take the signals.
+TRAINING = """
+import ctypes, signal, sys
+from arcond_jax.cli import leaving
+from arcond_jax.training import stopping
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background
+leaving.on_signals()
+with stopping.Stop() as stop:
+    stop.unsaved = sys.argv[1] == "unsaved"
+    signal.pthread_sigmask(signal.SIG_BLOCK, leaving.SIGNALS)
+    print("ready", flush=True)
+    ctypes.CDLL(None).sleep(int(sys.argv[2]))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, leaving.SIGNALS)
+    print("saved", bool(stop))
+"""
+
+
+@pytest.mark.parametrize("unsaved", [True, False])
+def test_training_says_at_once_that_a_signal_came_and_loses_nothing_by_a_second(unsaved):
+    seconds = "2" if unsaved else "30"
+    arguments = ["unsaved" if unsaved else "saved", seconds]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", TRAINING, *arguments]
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        line = process.stderr.readline()
+        assert time.monotonic() - start < 1.5
+        assert line.startswith("arcond: SIGTERM: will stop after this step and save it")
+        assert ("Ctrl-C ends it at once" in line) != unsaved
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            process.send_signal(number)
+            time.sleep(0.1)
+        output, error = process.communicate(timeout=20)
+    if unsaved:
+        assert (process.returncode, output, error) == (0, "saved True\n", "")
+    else:
+        assert (process.returncode, output, error) == (130, "", "arcond: interrupted\n")
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
