@@ -257,7 +257,7 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         for _ in range(10):  # writes that nothing waits for may go on for a moment
-            for half in self._directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
+            for half in self._directory.glob(unfinished_name("*")):
                 atomic.remove(half)
             time.sleep(0.1)
 
@@ -277,6 +277,11 @@ def has_steps(directory: str) -> bool:
     return path.is_dir() and any(child.name.isdigit() for child in path.iterdir())
 
 
+def unfinished_name(name: str) -> str:
+    """What `name` is called while it is written, and is left as by a process that was killed."""
+    return f"{name}{ocp.path.step.TMP_DIR_SUFFIX}"
+
+
 def save_tree(directory: str, tree: Tree, metadata: dict[str, Any]) -> None:
     """Writes one tree and its JSON description; the directory appears only when both are whole.
 
@@ -289,7 +294,7 @@ def save_tree(directory: str, tree: Tree, metadata: dict[str, Any]) -> None:
     _check_writable(path.parent)
     items = _save_args({"tree": tree}, {"metadata": metadata})
     writing = _one_line(f"Writing {path} failed", "free space or use another directory")
-    temporary = f"{path}{ocp.path.step.TMP_DIR_SUFFIX}"
+    temporary = path.parent / unfinished_name(path.name)
     with writing, atomic.unfinished(temporary), _tree_checkpointer() as checkpointer:
         checkpointer.save(path, args=items)
 

@@ -159,6 +159,22 @@ def test_a_reader_that_goes_away_is_no_fault(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_an_output_that_takes_nothing_is_named():
+    with open("/dev/full", "w") as full:
+        made = subprocess.run(
+            [sys.executable, "-m", "arcond_jax", "config", "--config", "digits:ar"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert made.returncode == 2
+    assert made.stderr == (
+        "arcond config: standard output cannot be written: No space left on device; what it has is "
+        "not whole\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [("JAX_ENABLE_X64", "banana"), ("JAX_PLATFORMS", "cuda"), ("JAX_PLATFORMS", "banana")],
