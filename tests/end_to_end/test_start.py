@@ -1,6 +1,7 @@
 """The start of a command: what is imported, and what XLA compiled before."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -36,6 +37,22 @@ def test_a_command_imports_what_it_needs():
     imported = imported_by("config", "--config", "digits:joint")
     assert "jax" in imported
     assert not imported & {"matplotlib", *HEAVY}
+
+
+def test_no_module_is_taken_from_the_current_folder(tmp_path):
+    for name in ("numpy", "jax", "etils", "argparse", "ml_collections"):
+        (tmp_path / f"{name}.py").write_text("open('RUN', 'w').close()\nraise SystemExit(7)\n")
+    command = [sys.executable, "-m", "arcond_jax", "config", "--config", "digits:ar"]
+    checkout = pathlib.Path(main.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert not (tmp_path / "RUN").exists()
+    # From a checkout alone, which is the current folder.
+    os.symlink(checkout / "arcond_jax", tmp_path / "arcond_jax")
+    os.symlink(checkout / "configs", tmp_path / "configs")
+    del environment["PYTHONPATH"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert not (tmp_path / "RUN").exists()
 
 
 @pytest.mark.parametrize("command", main.COMMANDS)
