@@ -22,15 +22,20 @@ DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 def on_signals() -> None:
     """From here on a signal ends this process with 128 plus its number; for programs alone.
 
-    A signal that is ignored (SIGHUP under nohup) stays so.
+    A signal that is ignored (SIGHUP under nohup) stays so. Of stdin, stdout and stderr, what is
+    closed becomes /dev/null, so that its number does not go to another file.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # stays open
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
+    # First the thread: to it a signal leaves this one, which would not start it any more.
+    threading.Thread(target=_watch, args=(reading,), daemon=True).start()
     for number in SIGNALS:
         if signal.getsignal(number) in DEFAULTS:
             signal.signal(number, _left_to_the_watcher)
-    threading.Thread(target=_watch, args=(reading,), daemon=True).start()
 
 
 def _left_to_the_watcher(number: int, _: Any) -> None:
@@ -54,12 +59,12 @@ def _ends(number: signal.Signals) -> bool:
 
 
 def _leave(number: signal.Signals) -> None:
-    # Whatever goes wrong, as a terminal that is gone or takes nothing.
+    # Whatever goes wrong.
     threading.Timer(SECONDS, os._exit, [128 + number]).start()
     try:
         # Until it is imported, nothing is being written.
         getattr(sys.modules.get("arcond_jax.atomic"), "abandon", lambda: None)()
         what = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
-        os.write(2, f"arcond: {what}\n".encode())  # not print: the main thread may be inside of it
+        stopping.say(f"arcond: {what}\n")
     finally:
         os._exit(128 + number)

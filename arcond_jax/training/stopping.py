@@ -1,6 +1,8 @@
 """Being told to stop: the signal is kept until what is under way is whole."""
 
+import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -56,7 +58,7 @@ class Stop:
         if self._heard == 1:
             again = "" if self.unsaved else "; Ctrl-C ends it at once"
             line = f"arcond: {number.name}: will stop after this step and save it{again}\n"
-            os.write(2, line.encode())  # not print: the main thread may be inside of it
+            say(line)
         if self._heard == 1 or number != signal.SIGINT or self.unsaved:
             return False
         while self.is_writing():
@@ -65,3 +67,10 @@ class Stop:
 
     def _receive(self, number: int, _: Any) -> None:
         self.signal = self.signal or signal.Signals(number).name
+
+
+def say(line: str) -> None:
+    """Writes to stderr, if that takes it at once; the main thread may be inside of print."""
+    with contextlib.suppress(OSError):  # it is closed
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, line.encode())

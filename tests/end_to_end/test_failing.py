@@ -1,5 +1,6 @@
 """How commands fail: one line and an exit code; the unforeseen keeps its traceback in a file."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -98,6 +99,35 @@ def test_a_signal_ends_a_command_at_once_and_leaves_nothing(number, line, tmp_pa
         _, error = process.communicate(timeout=20)
     assert (process.returncode, error) == (128 + number, line)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_signal_at_the_very_start_does_not_hang():
+    program = (
+        "import signal, threading; from arcond_jax.cli import leaving\n"
+        "start = threading.Thread.start\n"
+        "def signalled(thread): signal.raise_signal(signal.SIGTERM); start(thread)\n"
+        "threading.Thread.start = signalled\n"
+        "leaving.on_signals()"
+    )
+    made = subprocess.run([sys.executable, "-c", program], timeout=20, check=False)
+    assert made.returncode == -signal.SIGTERM
+
+
+def test_a_reader_that_never_reads_holds_no_one():
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, bytes(4096)):
+            pass
+    os.set_blocking(writing, True)
+    command = [sys.executable, "-c", TRAINING, "saved", "30"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=writing) as process:
+        assert process.stdout.readline() == "ready\n"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process.send_signal(number)
+            time.sleep(0.1)
+        assert process.wait(timeout=5) == 130
+    os.close(reading), os.close(writing)
 
 
 # Trains, and is in XLA for a while: other threads take the signals.
