@@ -42,6 +42,12 @@ def test_a_first_name_goes_before_synonyms():
     assert class_names.label_of("harp", NAMES) == 594
 
 
+def test_a_thousand_classes_of_one_s_own_keep_their_names():
+    own = tuple(f"product_{i:04}" for i in range(class_names.NUM_CLASSES))
+    assert class_names.spoken(own) == own
+    assert class_names.spoken([f"n{i:08}" for i in range(class_names.NUM_CLASSES)]) == NAMES
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

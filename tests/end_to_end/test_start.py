@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from arcond_jax.cli import compilation, main
+from arcond_jax.cli import compilation, main, paths
 
 # Of what most commands do not need, each takes as long as a command without it.
 HEAVY = ("sklearn", "ott", "torch", "tensorflow", "transformers", "pandas")
@@ -40,7 +40,7 @@ def test_a_command_imports_what_it_needs():
 
 
 def test_no_module_is_taken_from_the_current_folder(tmp_path):
-    for name in ("numpy", "jax", "etils", "argparse", "ml_collections"):
+    for name in ("numpy", "jax", "etils", "argparse", "ml_collections", "base", "digits"):
         (tmp_path / f"{name}.py").write_text("open('RUN', 'w').close()\nraise SystemExit(7)\n")
     command = [sys.executable, "-m", "arcond_jax", "config", "--config", "digits:ar"]
     checkout = pathlib.Path(main.__file__).parents[2]
@@ -63,6 +63,12 @@ def test_the_help_says_what_a_command_s_docstring_says(command, capsys):
     start, _, summary = main.module_of(command).__doc__.partition(": ")
     assert start == f"`arcond {command}`"
     assert f"{command} {' '.join(summary.split())}" in shown
+
+
+def test_paths_are_those_that_were_typed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(paths.folder("gs://bucket/run") / "checkpoints") == "gs://bucket/run/checkpoints"
+    assert [str(typed("~/run")) for typed in (paths.folder, paths.file)] == 2 * [f"{tmp_path}/run"]
 
 
 def test_settings_may_stand_before_the_command(capsys):
