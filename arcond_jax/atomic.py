@@ -18,6 +18,10 @@ os.umask(UMASK)
 _unfinished: set[pathlib.Path] = set()
 
 
+class ReadError(OSError):
+    """Of what is read to be written elsewhere, in one line that names it."""
+
+
 @contextlib.contextmanager
 def unfinished(path: epath.PathLike) -> Iterator[None]:
     """What lies at `path` when the block ends is removed, or earlier by `abandon`; not in buckets.
@@ -40,6 +44,12 @@ def abandon() -> None:
     """Removes everything unfinished; for a program that ends without leaving its blocks."""
     for path in tuple(_unfinished):
         _remove(path)
+
+
+def remove(path: epath.PathLike) -> None:
+    """Removes a file or folder if it is there, and says nothing if it cannot; not in buckets."""
+    if not _in_bucket(path):
+        _remove(pathlib.Path(path))
 
 
 def _remove(path: pathlib.Path) -> None:
@@ -75,7 +85,7 @@ def file(path: epath.PathLike) -> Iterator[IO[bytes]]:
     objects in buckets, which appear whole anyway, are written in place.
 
     Raises:
-      OSError: In one line that names `path`.
+      OSError: In one line that names `path`; a `ReadError` of the block stays as it is.
     """
     try:
         if _in_bucket(path):
@@ -93,6 +103,8 @@ def file(path: epath.PathLike) -> Iterator[IO[bytes]]:
                 yield opened
             os.chmod(temporary, 0o666 & ~UMASK)
             os.replace(temporary, target)
+    except ReadError:
+        raise
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -10,6 +10,7 @@ is whole, so a killed run leaves every earlier one intact. Directories may be lo
 
 import contextlib
 import dataclasses
+import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -56,6 +57,7 @@ class Checkpoints:
         self._directory = _absolute(directory)
         self._position: int | None = None  # the step this run last saved or restored
         self._read_only = every is None
+        self._failed = False  # whether a write has
         if every is None:
             if not self._directory.is_dir():
                 raise CheckpointError(f"{self._directory} does not exist: train there first.")
@@ -195,15 +197,36 @@ class Checkpoints:
         """
         return self._manager.reached_preemption(step)
 
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._manager.is_saving_in_progress()
+
+    def check(self) -> None:
+        """Asks, without waiting, whether the last checkpoint that was started has failed.
+
+        Raises:
+          CheckpointError: It has.
+        """
+        if not self.is_writing():
+            self.wait()
+
     def wait(self) -> None:
-        """Returns when every started checkpoint is whole."""
+        """Returns when every started checkpoint is whole.
+
+        Raises:
+          CheckpointError: One failed.
+        """
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and stops the background threads."""
-        with self._writing():
-            self._manager.close()
+        """Waits, stops the background threads, and removes what they left of a failed write."""
+        try:
+            with self._writing():
+                self._manager.close()
+        finally:
+            if self._failed and jax.process_index() == 0:
+                self._remove_unfinished()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -227,7 +250,17 @@ class Checkpoints:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         with _one_line(f"Writing to {self._directory} failed", "free space or use another one"):
-            yield
+            try:
+                yield
+            except Exception:
+                self._failed = True
+                raise
+
+    def _remove_unfinished(self) -> None:
+        for _ in range(10):  # writes that nothing waits for may go on for a moment
+            for half in self._directory.glob(unfinished_name("*")):
+                atomic.remove(half)
+            time.sleep(0.1)
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -245,6 +278,11 @@ def has_steps(directory: str) -> bool:
     return path.is_dir() and any(child.name.isdigit() for child in path.iterdir())
 
 
+def unfinished_name(name: str) -> str:
+    """What `name` is called while it is written, and is left as by a process that was killed."""
+    return f"{name}{ocp.path.step.TMP_DIR_SUFFIX}"
+
+
 def save_tree(directory: str, tree: Tree, metadata: dict[str, Any]) -> None:
     """Writes one tree and its JSON description; the directory appears only when both are whole.
 
@@ -257,7 +295,7 @@ def save_tree(directory: str, tree: Tree, metadata: dict[str, Any]) -> None:
     _check_writable(path.parent)
     items = _save_args({"tree": tree}, {"metadata": metadata})
     writing = _one_line(f"Writing {path} failed", "free space or use another directory")
-    temporary = f"{path}{ocp.path.step.TMP_DIR_SUFFIX}"
+    temporary = path.parent / unfinished_name(path.name)
     with writing, atomic.unfinished(temporary), _tree_checkpointer() as checkpointer:
         checkpointer.save(path, args=items)
 

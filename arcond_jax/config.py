@@ -63,6 +63,10 @@ def _split(text: str) -> tuple[str, str]:
     """Path and variant; a path may hold colons where a file of that name is there."""
     if pathlib.Path(text).expanduser().is_file():
         return text, ""
+    if "://" in text:
+        raise ConfigError(
+            f"{text}: configs are read from files on this machine: copy it here and give its path"
+        )
     name, _, variant = text.partition(":")
     if name in shipped():
         return name, variant

@@ -303,6 +303,7 @@ def test_drafts_get_the_noise_of_training_or_none(noise, message):
     [
         ("nothing", r"no config file nothing: give one, or the name of one that comes with the"),
         ("configs/nothing.py:joint", r"no config file configs/nothing\.py: give one, or the"),
+        ("gs://x/y.py:joint", r"^gs://x/y\.py:joint: configs are read from files on this machine"),
         ("my/digits.py:base", r"no config file my/digits\.py: give one, or the name of one that"),
         ("cifar10:big", r"cifar10 has no variants, so not 'big'"),
         ("digits:big", r"digits: digits has no variant 'big': choose one of joint, ar, tensorar"),

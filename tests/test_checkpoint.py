@@ -1,9 +1,11 @@
 """Laws of checkpoints: restored is saved, on any mesh; a kill or a bad file costs one step."""
 
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
+import time
 
 import flax.struct
 import jax
@@ -164,6 +166,25 @@ def test_kill_leaves_committed_steps(tmp_path):
         assert save(checkpoints, latest + 1, state)
     names = {entry.name for entry in tmp_path.iterdir()}
     assert names == {str(step) for step in range(1, latest + 2)}  # no unfinished ones are left
+
+
+def test_a_full_disk_shows_at_the_next_look_and_leaves_nothing(tmp_path):
+    state = {"kernel": jax.random.normal(jax.random.key(0), (256, 256))}
+    with checkpoint.Checkpoints(str(tmp_path), every=1) as checkpoints:
+        save(checkpoints, 1)
+        checkpoints.wait()
+        checkpoints.check()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # bytes of any one file
+        try:
+            save(checkpoints, 2, state)
+            while checkpoints.is_writing():
+                time.sleep(0.01)
+            with pytest.raises(checkpoint.CheckpointError, match=r"Writing to .* File too large"):
+                checkpoints.check()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
 
 
 # Small arrays live inside the index; the file cut in half must be one that holds an array.

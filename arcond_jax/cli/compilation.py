@@ -5,14 +5,20 @@ time. `JAX_COMPILATION_CACHE_DIR` names another, `JAX_ENABLE_COMPILATION_CACHE=f
 both are jax's own.
 """
 
+import glob
 import hashlib
 import os
 import pathlib
 import platform
+import re
+import warnings
+from typing import Any
 
 import jax
 
 from arcond_jax import caches
+
+UNREADABLE = re.compile("Error reading persistent compilation cache entry for '([^']+)'")
 
 
 def keep() -> None:
@@ -28,6 +34,26 @@ def keep() -> None:
         return
     if ours and os.access(folder, os.W_OK | os.X_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        _replace_unreadable(folder)
+
+
+def _replace_unreadable(folder: pathlib.Path) -> None:
+    """Removes what jax is about to warn of and to compile, since it keeps a file that is there.
+
+    A process that was killed leaves half an entry. The warning has the name of the program and not
+    of the entry, so that all entries of that name go.
+    """
+    show = warnings.showwarning
+
+    def removed_or_shown(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        found = UNREADABLE.match(str(message))
+        if found is None:
+            show(message, *args, **kwargs)
+            return
+        for entry in folder.glob(f"{glob.escape(found[1])}-*"):
+            entry.unlink(missing_ok=True)
+
+    warnings.showwarning = removed_or_shown
 
 
 def _folder() -> pathlib.Path:

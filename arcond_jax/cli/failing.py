@@ -21,9 +21,11 @@ def guarded(command: str, run: Callable[[], int | None]) -> int:
     """Runs a command; returns its exit code, after a line on stderr if it failed."""
     sys.unraisablehook = _unless_late
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()  # by Python itself it would be after this, and without a line
+        return code
     except BrokenPipeError:  # as `| head` leaves behind; what ends at a signal ends with its number
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's last flush
+        _give_up_output()
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         message, code = "interrupted", INTERRUPTED
@@ -33,6 +35,10 @@ def guarded(command: str, run: Callable[[], int | None]) -> int:
             message, code = _unforeseen(command, error), UNFORESEEN
     print(f"arcond {command}: {message}", file=sys.stderr)
     return code
+
+
+def _give_up_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's last flush
 
 
 def _unless_late(raised: Any) -> None:
@@ -48,6 +54,9 @@ def _explained(error: Exception) -> str | None:
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = text[:200] or "no device"
         return f"JAX_PLATFORMS={platforms} cannot be used here ({reason}): unset it"
+    if isinstance(error, OSError) and _is_of_output(error):
+        _give_up_output()
+        return f"standard output cannot be written: {error.strerror}; what it has is not whole"
     known = (build.ConfigError, checkpoint.CheckpointError, loop.DivergedError)
     if isinstance(error, (*known, OSError, ImportError)):  # ImportError: of what only some need
         return text
@@ -62,6 +71,13 @@ def _is_ours(error: Exception) -> bool:
     """Whether the library raised it on purpose, and not something that the library called."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and pathlib.Path(frames[-1].filename).is_relative_to(PACKAGE)
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Whether a `print` raised it: commands write nothing else themselves, and it names no file."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    of_system = error.errno is not None and error.filename is None
+    return of_system and pathlib.Path(last).parent == PACKAGE / "cli"
 
 
 def _is_of_backends(error: Exception) -> bool:

@@ -4,7 +4,6 @@ import argparse
 import ast
 import importlib
 import logging
-import os
 import sys
 from importlib import resources
 from types import ModuleType
@@ -32,13 +31,11 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code. Without `argv` this is the program: signals end it."""
     if argv is None:
-        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-            if getattr(sys, name) is None:  # closed; the number is not to go to another file
-                setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # stays open
         leaving.on_signals()
         argv = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # before a library does
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    for quieter in ("jax", "matplotlib"):
+        logging.getLogger(quieter).setLevel(logging.WARNING)
     # Orbax logs what it raises as well, and what ends after a first read or write failed.
     for noisy in ("absl", "orbax", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)

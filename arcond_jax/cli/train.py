@@ -19,7 +19,8 @@ EPILOG = """examples:
       --init_classes new --config.data.num_classes=3 --config.data.directory=flowers
 
 Run the same command again to resume. Ctrl-C, SIGTERM and SIGHUP save and exit 0 (the & of a shell
-script shields a run from Ctrl-C). Learning rate and clipping may change on the way; --restart_from
+script shields a run from Ctrl-C); Ctrl-C after that ends it at once as long as there is no new step
+to save. Learning rate and clipping may change on the way; --restart_from
 goes back to an earlier checkpoint."""
 
 

@@ -14,7 +14,7 @@ from arcond_jax.convert import contents, table
 ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 MAX_INDEX_BYTES = 1 << 26
 MAX_SHARD_NAME = 255  # what file systems allow
-SHARD = re.compile(r"-(\d+)-of-(\d+)$")  # ends the name of a shard
+SHARD = re.compile(r"-(\d+)-of-(\d+)$", re.IGNORECASE)  # ends the name of a shard
 # What lies in the folders of our own runs, of converted weights and of Orbax.
 OF_OURS = ("checkpoints", "weights")
 OF_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")

@@ -36,7 +36,7 @@ def label_of(name: str, names: Sequence[str]) -> int:
       names: A line per class id, as `imagenet` gives them.
 
     Raises:
-      ValueError: No class has that name, with the nearest ones, or several have, with their ids.
+      ValueError: No class has that name, with the closest ones, or several have, with their ids.
     """
     lines = _synonyms(tuple(names))
     asked = _plain(name)
@@ -46,11 +46,14 @@ def label_of(name: str, names: Sequence[str]) -> int:
         return found[0]
     if found:
         several = "; ".join(f"{i} ({names[i]})" for i in found)
-        raise ValueError(f"class name {name!r} is ambiguous: {several}; give the id")
-    known = dict.fromkeys(synonym for line in lines for synonym in line)
-    near = difflib.get_close_matches(asked, known, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "give its id"
-    raise ValueError(f"no class is named {name!r}: {hint}")
+        raise ValueError(f"class name {name!r} is ambiguous: {several}; give one by --label")
+    known = {synonym: i for i, line in enumerate(lines) for synonym in line}
+    near = [f"{x} ({known[x]})" for x in difflib.get_close_matches(asked, known, cutoff=0.5)]
+    closest = f"the closest are {', '.join(near)}" if near else "none is close"
+    raise ValueError(
+        f"none of the {len(lines)} classes is named {name!r}, {closest}: give a name, or a number "
+        "by --label"
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import pathlib
 import shutil
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -16,6 +17,7 @@ from arcond_jax import atomic
 
 NUM_THREADS = 8  # a bucket gives its bandwidth to several readers only
 UNREAD = "progress"  # folder of what is known of shards while they are written
+BLOCK_BYTES = 1 << 24  # read at a time
 DESCRIPTION_BYTES = 1 << 20  # no more, and a file tells what the others are
 
 
@@ -48,7 +50,7 @@ def local(url: str, *, copies: pathlib.Path, max_bytes: int) -> pathlib.Path:
     target = copies / f"{source.name}-{name}"
     target.mkdir(parents=True, exist_ok=True)
     fresh = [name for name, size in sizes.items() if size <= DESCRIPTION_BYTES]
-    content = {name: (source / name).read_bytes() for name in fresh}
+    content = {name: b"".join(_blocks(source / name)) for name in fresh}
     if any(_differs(target / name, content[name]) for name in fresh):
         shutil.rmtree(target)
         target.mkdir()
@@ -91,8 +93,18 @@ def _has_size(path: pathlib.Path, size: int) -> bool:
 
 def _copy(source: epath.Path, target: pathlib.Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as read, atomic.file(target) as written:
-        shutil.copyfileobj(read, written, 1 << 24)
+    with atomic.file(target) as written:
+        for block in _blocks(source):
+            written.write(block)
+
+
+def _blocks(source: epath.Path) -> Iterator[bytes]:
+    try:
+        with source.open("rb") as opened:
+            while block := opened.read(BLOCK_BYTES):
+                yield block
+    except OSError as error:
+        raise atomic.ReadError(f"{source} cannot be read: {error.strerror or error}") from error
 
 
 def _write(path: pathlib.Path, content: bytes) -> None:

@@ -206,4 +206,5 @@ def _checked(split: listing.Listing, row: int, resize: int | None) -> bytes | st
     except images.UnreadableError as error:
         return error.why
     except (ValueError, OSError) as error:
-        return " ".join(str(error).split())
+        why = str(getattr(error, "strerror", None) or error)
+        return " ".join(why.split())

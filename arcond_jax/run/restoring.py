@@ -91,7 +91,7 @@ def restore(
         tokenizer = jax.device_put(build.tokenizer(config), mesh_lib.replicated(mesh))
         bank = load_bank(workdir, config, mesh, step=0)
         return Trained(config, mesh, tokenizer, params, bank, 0, saved_lib.class_names(saved))
-    with checkpoint.Checkpoints(f"{workdir}/checkpoints") as checkpoints:
+    with _checkpoints(workdir) as checkpoints:
         saved = checkpoints.config(step)
         config = config or saved_lib.load(saved)
         check_same_run(config, saved, workdir)
@@ -177,8 +177,20 @@ def saved_config(workdir: epath.PathLike) -> dict[str, Any]:
     """The config beside the latest checkpoint or the converted weights, as it was saved."""
     if is_converted(workdir):
         return checkpoint.load_metadata(f"{workdir}/{tokens.WEIGHTS}")["config"]
-    with checkpoint.Checkpoints(f"{workdir}/checkpoints") as checkpoints:
+    with _checkpoints(epath.Path(workdir)) as checkpoints:
         return checkpoints.config()
+
+
+def _checkpoints(workdir: epath.Path) -> checkpoint.Checkpoints:
+    """Those of a run, to read; of a folder without any, says what it holds instead."""
+    if workdir.is_dir():
+        names = {child.name for child in workdir.iterdir()}
+        if names <= {checkpoint.unfinished_name(tokens.WEIGHTS)}:
+            raise checkpoint.CheckpointError(
+                f"{workdir} holds no weights: a conversion was not finished there, so run `arcond "
+                "convert` again"
+            )
+    return checkpoint.Checkpoints(f"{workdir}/checkpoints")
 
 
 def read_run(

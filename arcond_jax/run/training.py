@@ -83,6 +83,7 @@ def train(
             keep=settings.checkpoints_kept,
         ) as checkpoints,
     ):
+        stop.is_writing = checkpoints.is_writing
         state, tokenizer = fresh or _resumed(config, workdir, checkpoints, batches, restart_from)
         tokenizer = jax.device_put(tokenizer, mesh_lib.replicated(mesh))
         trained = restoring.Trained(
@@ -93,6 +94,7 @@ def train(
             state = _train(trained, workdir, checkpoints, batches, state, draw, stop)
             trained = dataclasses.replace(trained, params=state.ema, step=int(state.step))
         checkpoints.wait()
+        stop.unsaved = False
         if stop or trained.step < settings.num_train_steps:
             return False
         _fill_bank(trained, workdir)
@@ -139,11 +141,16 @@ def _train(
         save(0, state)  # from here on the tokenizer is never fitted again
     atomic.write_text(workdir / "config.json", json.dumps(saved_config, indent=2) + "\n")
     logging.info("parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
-    step_fn = build.train_step(config, trained.mesh, tokenizer)
+    compiled_step = build.train_step(config, trained.mesh, tokenizer)
+
+    def step_fn(state: state_lib.TrainState, batch: types.Batch) -> tuple[Any, dict]:
+        checkpoints.check()  # no step more than needed where the disk is full
+        return compiled_step(state, tokenizer, batch)
+
     return loop.train(
         state,
         batches,
-        step_fn=lambda state, batch: step_fn(state, tokenizer, batch),
+        step_fn=step_fn,
         num_train_steps=settings.num_train_steps,
         intervals=loop.Intervals(
             log=settings.log_every,

@@ -91,6 +91,7 @@ def train(
         while step < num_train_steps and not stop:
             batch = interval.next_of(iterator)
             state, metrics = step_fn(state, batch)
+            stop.unsaved = True
             step += 1
             progress.update()
             interval.add(metrics)

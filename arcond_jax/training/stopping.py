@@ -1,7 +1,12 @@
 """Being told to stop: the signal is kept until what is under way is whole."""
 
+import contextlib
+import os
+import select
 import signal
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a scheduler, Ctrl-C, a closed terminal
@@ -15,10 +20,15 @@ class Stop:
 
     Attributes:
       signal: Name of the first signal that came; None before.
+      unsaved: Whether there are steps that only a save keeps.
+      is_writing: Whether a save is under way.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.unsaved = False
+        self.is_writing: Callable[[], bool] = lambda: False
+        self._heard = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
@@ -35,5 +45,32 @@ class Stop:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def heard(self, number: signal.Signals) -> bool:
+        """Says in a line that the first signal came; for a thread that hears of each at once.
+
+        The main thread may be in XLA for minutes, and Python calls `_receive` when it is back.
+
+        Returns:
+          Whether to end the process: a later SIGINT, where nothing would be lost. Waits until what
+          is being written is whole.
+        """
+        self._heard += 1
+        if self._heard == 1:
+            again = "" if self.unsaved else "; Ctrl-C ends it at once"
+            line = f"arcond: {number.name}: will stop after this step and save it{again}\n"
+            say(line)
+        if self._heard == 1 or number != signal.SIGINT or self.unsaved:
+            return False
+        while self.is_writing():
+            time.sleep(0.05)
+        return not self.unsaved
+
     def _receive(self, number: int, _: Any) -> None:
         self.signal = self.signal or signal.Signals(number).name
+
+
+def say(line: str) -> None:
+    """Writes to stderr, if that takes it at once; the main thread may be inside of print."""
+    with contextlib.suppress(OSError):  # it is closed
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, line.encode())

@@ -1,8 +1,9 @@
 """Where numbers go while a run is under way: lines of JSON, and TensorBoard if it is installed."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 from etils import epath
@@ -29,8 +30,11 @@ class JsonLines:
 
         Args:
           resume_at: Lines of later steps, and a last line cut short, are dropped.
+
+        Raises:
+          OSError: In one line that names the file, here and at every later write.
         """
-        path = epath.Path(path)
+        self._path = path = epath.Path(path)
         kept = [row for row in read_rows(path) if row["step"] <= resume_at]
         atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
@@ -39,13 +43,23 @@ class JsonLines:
         values = {
             name: float(x) if math.isfinite(x) else None for name, x in sorted(scalars.items())
         }
-        self._file.write(json.dumps({"step": step} | values) + "\n")
+        with self._named():
+            self._file.write(json.dumps({"step": step} | values) + "\n")
 
     def flush(self) -> None:
-        self._file.flush()
+        with self._named():
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with self._named():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{self._path} cannot be written: {error.strerror or error}") from error
 
 
 def read_rows(path: epath.PathLike) -> list[dict]:

@@ -104,12 +104,16 @@ def write_shards(folder, suffix="safetensors", save=safetensors.numpy.save_file)
 
 def test_shards_by_their_index_and_by_their_folder(tmp_path):
     index = write_shards(tmp_path)
+    (tmp_path / "lone").mkdir()
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / ".hidden.safetensors").write_text("of an editor")
     same(files.load_state(index))
     same(files.load_state(tmp_path))
     shard = tmp_path / "model-00002-of-00002.safetensors"
     refused("is one of 2 shards: give the index file", shard)
+    lone = written(tmp_path / "lone" / "MODEL-00001-OF-00002.SAFETENSORS")
+    refused("is one of 2 shards: give the index file", lone)
+    refused("is one of 2 shards: give the index file", lone.parent)
     shard.unlink()
     refused(f"names 2 shards, and {shard.name} does not lie beside it", index)
 

@@ -42,15 +42,27 @@ def test_a_first_name_goes_before_synonyms():
     assert class_names.label_of("harp", NAMES) == 594
 
 
+def test_a_thousand_classes_of_one_s_own_keep_their_names():
+    own = tuple(f"product_{i:04}" for i in range(class_names.NUM_CLASSES))
+    assert class_names.spoken(own) == own
+    assert class_names.spoken([f"n{i:08}" for i in range(class_names.NUM_CLASSES)]) == NAMES
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("crane", r"134 \(crane, crane bird\); 517 \(crane, construction crane\); give the id$"),
-        ("Maillot", r"^class name 'Maillot' is ambiguous: 638 \(.*\); 639 \(.*\); give the id$"),
-        ("panther", r"286 \(cougar, .*\); 290 \(jaguar, .*\); give the id$"),
-        ("golden retreiver", r"named 'golden retreiver': did you mean golden retriever"),
-        ("xqzw", r"^no class is named 'xqzw': give its id$"),
-        ("", r"^no class is named '': give its id$"),
+        (
+            "crane",
+            r"134 \(crane, crane bird\); 517 \(crane, construction crane\); give one by --label$",
+        ),
+        (
+            "Maillot",
+            r"^class name 'Maillot' is ambiguous: 638 \(.*\); 639 \(.*\); give one by --label$",
+        ),
+        ("panther", r"286 \(cougar, .*\); 290 \(jaguar, .*\); give one by --label$"),
+        ("golden retreiver", r"named 'golden retreiver', the closest are golden retriever \(207\)"),
+        ("xqzw", r"^none of the 1000 classes is named 'xqzw', none is close: .* by --label$"),
+        ("", r"^none of the 1000 classes is named '', none is close: .* by --label$"),
     ],
 )
 def test_other_names_cost_one_line(name, message):

@@ -64,6 +64,20 @@ def test_a_cut_off_file_is_copied_again_and_so_is_everything_of_another_manifest
     assert (copy / "manifest.json").read_bytes() == b"2"
 
 
+def test_a_failed_read_is_blamed_on_what_is_read_and_leaves_nothing(bucket, tmp_path, monkeypatch):
+    bucket.pipe({"gs://bucket/data/a.array_record": LARGE})
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFile, "read", fail)
+    with pytest.raises(
+        OSError, match=r"^gs://bucket/data/a\.array_record cannot be read: Input/ou"
+    ):
+        local(tmp_path)
+    assert not [path for path in (tmp_path / "copies").rglob("*") if path.is_file()]
+
+
 def test_what_is_not_there_or_too_large_is_refused(bucket, tmp_path):
     with pytest.raises(ValueError, match="gs://bucket/data does not exist"):
         local(tmp_path)

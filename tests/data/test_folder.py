@@ -34,6 +34,12 @@ def directory(tmp_path):
     return tmp_path
 
 
+def test_a_directory_may_be_of_the_home(directory, monkeypatch):
+    monkeypatch.setenv("HOME", str(directory))
+    settings = ["data.directory=~", "data.num_classes=3", "data.image_size=8"]
+    assert len(build.source(build.load_config("cifar10", settings), "train")) == 6
+
+
 def test_items_come_by_class_and_name(directory):
     source = folder.ImageFolder(directory, "train", image_size=8)
     assert isinstance(source, pipeline.Source)

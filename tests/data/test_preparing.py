@@ -123,16 +123,19 @@ def test_damaged_images_are_listed_and_left_out(tmp_path, capsys):
     bad.write_bytes(photographs.jpeg(7)[:300])
     (bad.parent / "thin.png").write_bytes(b"")
     Image.new("RGB", (900, 2)).save(bad.parent / "thin.png")
+    (bad.parent / "link.jpg").symlink_to("nowhere.jpg")
     arguments = ["prepare", "--source", str(source), "--out"]
     assert cli.main([*arguments, str(tmp_path / "stopped"), "--on_error", "stop"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "bad.jpg cannot be read" in message
     assert cli.main([*arguments, str(tmp_path / "out")]) == 0
     assert (
-        "12 train, 6 held_out images of 3 classes; 2 could not be read" in capsys.readouterr().out
+        "12 train, 6 held_out images of 3 classes; 3 could not be read" in capsys.readouterr().out
     )
     lines = (tmp_path / "out" / "failed.txt").read_text().splitlines()
-    assert [line.split("\t")[0].split("/")[1] for line in lines] == ["bad.jpg", "thin.png"]
+    names = [line.split("\t")[0].split("/")[1] for line in lines]
+    assert names == ["bad.jpg", "link.jpg", "thin.png"]
+    assert lines[1].endswith("link.jpg\tNo such file or directory")
     assert len(records.Records(tmp_path / "out", image_size=16)) == 12
 
 

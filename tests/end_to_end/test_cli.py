@@ -148,7 +148,7 @@ def sample(workdir, *more):
     [
         (["--label", "10"], "label 10 is not a class: use 0 to 9"),
         (["--label", "-1"], "label -1 is not a class: use 0 to 9"),
-        (["--class-name", "zero"], "no class is named 'zero': give its id"),
+        (["--class-name", "zero"], "none of the 10 classes is named 'zero', none is close"),
         (["--seed", "4294967296"], "seed 4294967296 must be from 0 to 4294967295"),
         (["--num_images", "0"], "--num_images and --batch_size must be at least 1"),
         (["--config.sampling.stride=2"], "unknown config key sampling.stride: "),
@@ -167,6 +167,14 @@ def test_sample_without_a_checkpoint(tmp_path, capsys):
     out = ["--out", tmp_path / "out.npz"]
     arguments = ["sample", "--checkpoint", tmp_path / "nothing", *out]
     assert_one_line(arguments, capsys, tmp_path, "does not exist: train there first")
+
+
+@pytest.mark.parametrize("left", [None, "weights.orbax-checkpoint-tmp"])
+def test_sample_from_half_a_conversion(left, tmp_path, capsys):
+    (tmp_path / "half" / (left or "")).mkdir(parents=True)
+    arguments = ["sample", "--checkpoint", tmp_path / "half", "--out", tmp_path / "out.npz"]
+    message = "a conversion was not finished there, so run `arcond convert` again"
+    assert_one_line(arguments, capsys, tmp_path, message)
 
 
 def test_sample_into_a_missing_folder(finished, capsys):

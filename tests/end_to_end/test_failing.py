@@ -1,11 +1,13 @@
 """How commands fail: one line and an exit code; the unforeseen keeps its traceback in a file."""
 
+import contextlib
 import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +101,77 @@ def test_a_signal_ends_a_command_at_once_and_leaves_nothing(number, line, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
+def test_a_signal_at_the_very_start_does_not_hang():
+    program = (
+        "import signal, threading; from arcond_jax.cli import leaving\n"
+        "start = threading.Thread.start\n"
+        "def signalled(thread): signal.raise_signal(signal.SIGTERM); start(thread)\n"
+        "threading.Thread.start = signalled\n"
+        "leaving.on_signals()"
+    )
+    made = subprocess.run([sys.executable, "-c", program], timeout=20, check=False)
+    assert made.returncode == -signal.SIGTERM
+
+
+def test_a_reader_that_never_reads_holds_no_one():
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, bytes(4096)):
+            pass
+    os.set_blocking(writing, True)
+    command = [sys.executable, "-c", TRAINING, "saved", "30"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=writing) as process:
+        assert process.stdout.readline() == "ready\n"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process.send_signal(number)
+            time.sleep(0.1)
+        assert process.wait(timeout=5) == 130
+    os.close(reading), os.close(writing)
+
+
+# Trains, and is in XLA for a while: other threads take the signals.
+TRAINING = """
+import ctypes, signal, sys
+from arcond_jax.cli import leaving
+from arcond_jax.training import stopping
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background
+leaving.on_signals()
+with stopping.Stop() as stop:
+    stop.unsaved = sys.argv[1] == "unsaved"
+    signal.pthread_sigmask(signal.SIG_BLOCK, leaving.SIGNALS)
+    print("ready", flush=True)
+    ctypes.CDLL(None).sleep(int(sys.argv[2]))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, leaving.SIGNALS)
+    print("saved", bool(stop))
+"""
+
+
+@pytest.mark.parametrize("unsaved", [True, False])
+def test_training_says_at_once_that_a_signal_came_and_loses_nothing_by_a_second(unsaved):
+    seconds = "2" if unsaved else "30"
+    arguments = ["unsaved" if unsaved else "saved", seconds]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", TRAINING, *arguments]
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        line = process.stderr.readline()
+        assert time.monotonic() - start < 1.5
+        assert line.startswith("arcond: SIGTERM: will stop after this step and save it")
+        assert ("Ctrl-C ends it at once" in line) != unsaved
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            process.send_signal(number)
+            time.sleep(0.1)
+        output, error = process.communicate(timeout=20)
+    if unsaved:
+        assert (process.returncode, output, error) == (0, "saved True\n", "")
+    else:
+        assert (process.returncode, output, error) == (130, "", "arcond: interrupted\n")
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + BUSY.replace(
         "ctypes.CDLL(None).sleep(30)", "signal.raise_signal(signal.SIGHUP)"
@@ -114,6 +187,22 @@ def test_a_reader_that_goes_away_is_no_fault(capsys):
     finally:
         os.dup2(broken, 1)
     assert capsys.readouterr().err == ""
+
+
+def test_an_output_that_takes_nothing_is_named():
+    with open("/dev/full", "w") as full:
+        made = subprocess.run(
+            [sys.executable, "-m", "arcond_jax", "config", "--config", "digits:ar"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert made.returncode == 2
+    assert made.stderr == (
+        "arcond config: standard output cannot be written: No space left on device; what it has is "
+        "not whole\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_official_weights_tuned_on_three_classes(llamagen, tmp_path, capsys):
     assert "held out: daisy, rose, tulip" in capsys.readouterr().out
 
     more = ["sample", "--checkpoint", workdir, "--out", tmp_path / "other.npz"]
-    message = "no class is named 'goldfish'"
+    message = "none of the 3 classes is named 'goldfish'"
     assert_one_line([*more, "--class_name", "goldfish"], capsys, tmp_path, message)
 
 

@@ -1,13 +1,14 @@
 """The start of a command: what is imported, and what XLA compiled before."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from arcond_jax.cli import compilation, main
+from arcond_jax.cli import compilation, main, paths
 
 # Of what most commands do not need, each takes as long as a command without it.
 HEAVY = ("sklearn", "ott", "torch", "tensorflow", "transformers", "pandas")
@@ -38,6 +39,22 @@ def test_a_command_imports_what_it_needs():
     assert not imported & {"matplotlib", *HEAVY}
 
 
+def test_no_module_is_taken_from_the_current_folder(tmp_path):
+    for name in ("numpy", "jax", "etils", "argparse", "ml_collections", "base", "digits"):
+        (tmp_path / f"{name}.py").write_text("open('RUN', 'w').close()\nraise SystemExit(7)\n")
+    command = [sys.executable, "-m", "arcond_jax", "config", "--config", "digits:ar"]
+    checkout = pathlib.Path(main.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert not (tmp_path / "RUN").exists()
+    # From a checkout alone, which is the current folder.
+    os.symlink(checkout / "arcond_jax", tmp_path / "arcond_jax")
+    os.symlink(checkout / "configs", tmp_path / "configs")
+    del environment["PYTHONPATH"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert not (tmp_path / "RUN").exists()
+
+
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_the_help_says_what_a_command_s_docstring_says(command, capsys):
     with pytest.raises(SystemExit):
@@ -46,6 +63,12 @@ def test_the_help_says_what_a_command_s_docstring_says(command, capsys):
     start, _, summary = main.module_of(command).__doc__.partition(": ")
     assert start == f"`arcond {command}`"
     assert f"{command} {' '.join(summary.split())}" in shown
+
+
+def test_paths_are_those_that_were_typed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(paths.folder("gs://bucket/run") / "checkpoints") == "gs://bucket/run/checkpoints"
+    assert [str(typed("~/run")) for typed in (paths.folder, paths.file)] == 2 * [f"{tmp_path}/run"]
 
 
 def test_settings_may_stand_before_the_command(capsys):
@@ -122,3 +145,31 @@ def test_the_settings_of_jax_come_first(tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     assert chosen() == str(tmp_path / "mine")
     assert os.listdir(tmp_path) == []
+
+
+def test_half_an_entry_is_replaced_without_a_word(tmp_path):
+    code = (
+        "import jax; from arcond_jax.cli import compilation\n"
+        "compilation.keep(); print(jax.jit(lambda x: x + 1)(1))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+
+    def entries():
+        made = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert (made.stdout, made.stderr) == ("2\n", "")
+        return {path: path.read_bytes() for path in tmp_path.rglob("*-cache")}
+
+    whole = entries()
+    assert whole
+    for path, content in whole.items():
+        path.write_bytes(content[: len(content) // 2])
+    again = entries()
+    assert again.keys() == whole.keys()
+    assert all(len(again[path]) > len(whole[path]) // 2 for path in whole)

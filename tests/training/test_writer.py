@@ -29,6 +29,16 @@ def test_values_that_are_not_finite_become_null(tmp_path):
     assert json.loads(path.read_text()) == {"step": 1, "a": None, "b": None, "c": None, "d": 0.0}
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    lines = writer.JsonLines(tmp_path / "metrics.jsonl", resume_at=0)
+    lines._file.close()
+    lines._file = open("/dev/full", "a")  # noqa: SIM115  # a disk without room
+    lines.write_scalars(1, {"loss": 1.0})
+    for end in (lines.flush, lines.close):
+        with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: No space left"):
+            end()
+
+
 def test_resuming_drops_later_and_half_written_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, *((step, {"loss": 1.0 / step}) for step in (1, 2, 3, 4)), resume_at=0)
