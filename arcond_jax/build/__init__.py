@@ -29,6 +29,7 @@ from arcond_jax.build.official import Official
 from arcond_jax.build.tokens import (
     abstract_tokenizer,
     check_cache,
+    check_law,
     grid,
     num_codes,
     token_channels,
@@ -63,6 +64,7 @@ __all__ = [
     "changed",
     "check",
     "check_cache",
+    "check_law",
     "check_trained",
     "conditions",
     "config",

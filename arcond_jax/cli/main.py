@@ -15,6 +15,7 @@ COMMANDS = (
     "demo",
     "config",
     "prepare",
+    "estimate",
     "encode",
     "train",
     "calibrate",

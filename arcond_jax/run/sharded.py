@@ -11,7 +11,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,16 +100,40 @@ def _finished(out: pathlib.Path, shard: Shard) -> dict[str, Any] | None:
     """What is known of a shard that lies there whole; None for any other."""
     try:
         known = json.loads((out / PROGRESS / f"{shard.file}.json").read_text("utf-8"))
-        return known if (out / shard.file).stat().st_size == known["bytes"] else None
+        whole = (out / shard.file).stat().st_size == known["bytes"]
+        if "beside" in known:
+            whole &= _beside(out, shard).stat().st_size == known["beside"]
+        return known if whole else None
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
 
-def keep(out: pathlib.Path, shard: Shard, label: list[int], **known: Any) -> None:
-    """Notes that a shard is written: its labels, and what else is known of it."""
+def _beside(out: pathlib.Path, shard: Shard) -> pathlib.Path:
+    return out / PROGRESS / f"{shard.file}.npz"
+
+
+def keep(
+    out: pathlib.Path,
+    shard: Shard,
+    label: list[int],
+    *,
+    arrays: Mapping[str, Any] | None = None,
+    **known: Any,
+) -> None:
+    """Notes that a shard is written: its labels, arrays made of it, and what else is known."""
     size = (out / shard.file).stat().st_size
     known = {"records": len(label), "bytes": size, "label": label, **known}
+    if arrays is not None:
+        with atomic.file(_beside(out, shard)) as opened:
+            np.savez(opened, **arrays)
+        known["beside"] = _beside(out, shard).stat().st_size
     atomic.write_text(out / PROGRESS / f"{shard.file}.json", json.dumps(known))
+
+
+def arrays_of(out: pathlib.Path, shard: Shard) -> dict[str, np.ndarray]:
+    """The arrays that `keep` was given of a finished shard."""
+    with np.load(_beside(out, shard)) as held:
+        return dict(held)
 
 
 def all_known(out: pathlib.Path, shards: Sequence[Shard]) -> list[dict[str, Any]] | None:
