@@ -8,7 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float64, Int, Int64, Num
+from jaxtyping import Float64, Int64, Integer, Num
 
 from arcond_jax import types
 
@@ -39,7 +39,7 @@ class Sums:
 
 def sums(
     latents: Num[np.ndarray, "n c"],
-    codes: Int[np.ndarray, " n"] | None = None,
+    codes: Integer[np.ndarray, " n"] | None = None,
     *,
     variance: Num[np.ndarray, "n c"] | None = None,
     num_codes: int = 1,
@@ -58,7 +58,7 @@ def sums(
     order = np.argsort(codes, kind="stable")
     seen, starts = np.unique(codes[order], return_index=True)
     total, products = np.zeros((num_codes, c)), np.zeros((num_codes, len(upper[0])))
-    for code, members in zip(seen, np.split(order, starts[1:]), strict=True):
+    for code, members in zip(seen, np.split(order, starts)[1:], strict=True):
         x = latents[members]
         total[code], products[code] = x.sum(axis=0), (x.T @ x)[upper]
         if variance is not None:

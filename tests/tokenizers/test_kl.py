@@ -256,5 +256,5 @@ def test_latents_that_are_a_draw_count_as_all_their_draws():
 
 
 def test_a_law_needs_a_code_that_was_seen_twice():
-    with pytest.raises(ValueError, match="3 latents are of as many codes, .*: take more images"):
+    with pytest.raises(ValueError, match=r"3 latents are of as many codes, .*: take more images"):
         law.code_law(law.sums(np.eye(3), np.arange(3), num_codes=4))
