@@ -10,7 +10,7 @@ from arcond_jax.tokenizers import kl
 from arcond_jax.tokenizers import law as law_lib
 
 MEASURED = 1024  # images, spread over the split, where not all are wanted
-SUMMED = 256  # images whose sums are made at once: 130,000 latents of two views at 16x16
+SUMMED = 512  # images whose sums are made at once: 260,000 latents of two views at 16x16
 
 
 def spread(count: int, wanted: int) -> np.ndarray:

@@ -23,18 +23,20 @@ class Sums:
     Attributes:
       count: Latents.
       total: Sum of them, in their units.
+      variance: Sum of the variances of those that are a draw, of which `total` and `products` hold
+        the means.
       products: Sum of x_i x_j, of which i <= j are kept, row by row.
     """
 
     count: Int64[np.ndarray, " v"]
     total: Float64[np.ndarray, "v c"]
+    variance: Float64[np.ndarray, "v c"]
     products: Float64[np.ndarray, "v pairs"]
 
     def __add__(self, other: "Sums") -> "Sums":
         """The sums over both; in another order of many terms the last bits differ."""
-        return Sums(
-            self.count + other.count, self.total + other.total, self.products + other.products
-        )
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Sums(*(x + y for x, y in pairs))
 
 
 def sums(
@@ -49,21 +51,21 @@ def sums(
     Args:
       latents: In any units; of those that are a draw, the mean.
       codes: Below `num_codes`; None where all are of one.
-      variance: Of the draw. Products are then those that are expected of it.
+      variance: Of the draw; one of each is what counts.
     """
     latents = np.asarray(latents, np.float64)
     n, c = latents.shape
     codes = np.zeros(n, np.int64) if codes is None else codes
-    upper, diagonal = np.triu_indices(c), np.flatnonzero(np.equal(*np.triu_indices(c)))
     order = np.argsort(codes, kind="stable")
     seen, starts = np.unique(codes[order], return_index=True)
-    total, products = np.zeros((num_codes, c)), np.zeros((num_codes, len(upper[0])))
+    upper, total, spread = np.triu_indices(c), np.zeros((num_codes, c)), np.zeros((num_codes, c))
+    products = np.zeros((num_codes, len(upper[0])))
     for code, members in zip(seen, np.split(order, starts)[1:], strict=True):
         x = latents[members]
         total[code], products[code] = x.sum(axis=0), (x.T @ x)[upper]
         if variance is not None:
-            products[code, diagonal] += variance[members].sum(axis=0, dtype=np.float64)
-    return Sums(np.bincount(codes, minlength=num_codes), total, products)
+            spread[code] = variance[members].sum(axis=0, dtype=np.float64)
+    return Sums(np.bincount(codes, minlength=num_codes), total, spread, products)
 
 
 def statistics(found: Sums) -> dict[str, float]:
@@ -76,13 +78,13 @@ def statistics(found: Sums) -> dict[str, float]:
       more where few latents are known of each.
     """
     n, c = found.count.sum(), found.total.shape[1]
-    products = _full(found.products.sum(axis=0), c)
-    mean = found.total.sum() / (n * c)
-    made = {"latent scale": float((np.trace(products) / (n * c) - mean**2) ** -0.5)}
+    squares = np.trace(_full(found.products.sum(axis=0), c))
+    drawn, mean = found.variance.sum(), found.total.sum() / (n * c)
+    made = {"latent scale": float(((squares + drawn) / (n * c) - mean**2) ** -0.5)}
     within, freedom = _within(found)
     if len(found.count) > 1 and freedom > 0:
         total = found.total.sum(axis=0)
-        whole = np.trace(products - np.outer(total, total) / n) / (n - 1)
+        whole = (squares - np.sum(total**2) / n) / (n - 1) + drawn / n
         made["var(x | y) / var(x)"] = float(np.trace(within.sum(axis=0)) / freedom / whole)
     return made
 
@@ -99,7 +101,8 @@ def code_law(found: Sums) -> types.CodeLaw:
 
     where k = r / (1 - r) for r = var(x | y) / var(x), so that means are spread as they are, and the
     prior's covariance counts as c latents, as many as determine one. A code that was never seen has
-    the mean of all and, in trace, the variance of all; one seen often, its own.
+    the mean of all and, in trace, the variance of all; one seen often, its own. Of latents that are
+    a draw, S and (x - m)(x - m)^T are what is expected of one draw of each.
 
     Source: Murphy, Machine Learning: A Probabilistic Perspective (2012), section 4.6.3, for the
     posterior; k and W by moments.
@@ -120,8 +123,10 @@ def code_law(found: Sums) -> types.CodeLaw:
     centre = found.total.sum(axis=0) / found.count.sum()
     away = found.total / np.maximum(n, 1) - centre
     mean = centre + n / (n + k) * away
+    squares = away[:, :, None] * away[:, None, :]
+    squares += _diagonal(found.variance / np.maximum(n, 1) ** 2)
     n = n[..., None]
-    spread = n * k / (n + k) * away[:, :, None] * away[:, None, :]
+    spread = n * k / (n + k) * squares
     covariance = (1.0 + 1.0 / (n + k)) * (c * pooled + scatter + spread) / (n + c)
     covariance += JITTER * np.trace(pooled) / c * np.eye(c)
     cholesky = np.linalg.cholesky(covariance)
@@ -130,9 +135,15 @@ def code_law(found: Sums) -> types.CodeLaw:
 
 def _within(found: Sums) -> tuple[Float64[np.ndarray, "v c c"], int]:
     """Products of the deviations from the mean of each code, and how many of them are free."""
-    total, n = found.total, np.maximum(found.count, 1)[:, None, None]
-    scatter = _full(found.products, total.shape[1]) - total[:, :, None] * total[:, None, :] / n
+    total, n = found.total, np.maximum(found.count, 1)[:, None]
+    scatter = _full(found.products, total.shape[1])
+    scatter -= total[:, :, None] * total[:, None, :] / n[..., None]
+    scatter += _diagonal(found.variance * (1.0 - 1.0 / n))
     return scatter, int(found.count.sum() - np.count_nonzero(found.count))
+
+
+def _diagonal(values: Float64[np.ndarray, "v c"]) -> Float64[np.ndarray, "v c c"]:
+    return values[:, :, None] * np.eye(values.shape[1])
 
 
 def _full(products: Float64[np.ndarray, "*v pairs"], c: int) -> Float64[np.ndarray, "*v c c"]:

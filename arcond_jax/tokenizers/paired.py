@@ -3,7 +3,7 @@
 Each position has a latent and a code of the same pixels, for models that draw the code first and
 then, told the code, the latent. The two were trained apart, so a code does not quantise the latent
 beside it: how much it says of it is measured by `law`, and so is the Gaussian of the latents behind
-it. The image is that of the latents; codes are a plan that decoding does not look at.
+it. The image is that of the latents; codes beside them are a plan that decoding does not look at.
 
 The combination is this library's own; its parts are those of `kl` and `network.Coded`.
 """
@@ -55,8 +55,9 @@ class Paired:
         return types.Tokens(latents=latents.latents, codes=codes.codes)
 
     def decode(self, tokens: types.Tokens) -> Float[Array, "b height width channels"]:
-        """The image of the latents, not clipped; codes are not looked at."""
-        return self.latents.decode(tokens)
+        """The image of the latents where there are any, else that of the codes; not clipped."""
+        carrier = self.codes if tokens.latents is None else self.latents
+        return carrier.decode(tokens)
 
 
 def abstract(latents: kl.KL, codes: network_lib.Coded, *, with_law: bool) -> Paired:

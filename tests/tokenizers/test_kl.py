@@ -164,6 +164,8 @@ def test_a_pair_gives_what_each_of_the_two_gives(tokenizer, image):
     np.testing.assert_array_equal(tokens.codes, encode(pair.codes, image).codes)
     of_latents = types.Tokens(latents=tokens.latents)
     np.testing.assert_array_equal(decode(pair, tokens), decode(tokenizer, of_latents))
+    of_codes = types.Tokens(codes=tokens.codes)
+    np.testing.assert_array_equal(decode(pair, of_codes), decode(pair.codes, of_codes))
     with pytest.raises(ValueError, match="No moments are stored"):
         pair.tokens(types.Stored(codes=tokens.codes))
 
@@ -241,18 +243,16 @@ def test_the_law_of_codes_foretells_latents_better_than_those_of_a_code_or_of_al
     assert ours < surprise(mean[codes], raw[codes]) - 0.1
 
 
-def test_latents_that_are_a_draw_count_as_all_their_draws():
-    mean, codes = labelled_latents(3, np.array([30, 20, 10]))
-    variance = np.random.default_rng(2).uniform(0.1, 0.5, mean.shape)
-    noise = np.random.default_rng(3).normal(size=(4000, *mean.shape))
-    draws = (mean + np.sqrt(variance) * noise).reshape(-1, CHANNELS)
-    found = law.sums(mean, codes, variance=variance, num_codes=3)
-    expected = law.sums(draws, np.tile(codes, 4000), num_codes=3)
-    scale = np.abs(expected.products / 4000).max()
-    # Sums over 4,000 draws, whose errors are below 1 % of what they sum.
-    np.testing.assert_allclose(found.products, expected.products / 4000, atol=0.01 * scale)
-    ours, theirs = (law.statistics(x)["latent scale"] for x in (found, expected))
-    assert ours == pytest.approx(theirs, rel=0.01)
+def test_latents_that_are_a_draw_count_as_one_draw_each():
+    """On average over draws, also where codes are rare, whose means follow their latents."""
+    mean, codes = labelled_latents(200, 3)
+    rng = np.random.default_rng(2)
+    variance = rng.uniform(0.5, 1.5, mean.shape)
+    found = law.statistics(law.sums(mean, codes, variance=variance, num_codes=200))
+    draws = (mean + np.sqrt(variance) * rng.normal(size=mean.shape) for _ in range(100))
+    drawn = [law.statistics(law.sums(x, codes, num_codes=200)) for x in draws]
+    for name, value in found.items():  # a draw of 600 latents is off by 5 %, their mean by 0.5 %
+        assert value == pytest.approx(np.mean([x[name] for x in drawn]), rel=0.01)
 
 
 def test_a_law_needs_a_code_that_was_seen_twice():
