@@ -4,10 +4,12 @@ Copies JPEG files of a folder (at any depth) into an image folder of its own, sc
 reads them from there. Times are those of all threads of the process, the least of several passes;
 only ratios within one run compare. Beside them the seconds on the clock, which other programs on
 the machine change. With --cache, records of tokens in the place of images; with --steps, updates of
-models at full size, with the tokenizer in the step and from a cache (6 GB of memory, 15 minutes).
+models at full size, with the tokenizer in the step and from a cache (6 GB of memory, 15 minutes);
+with --start, the first batch of a source as long as ImageNet, and what is loaded ahead.
 
   python benchmarks/data.py ~/photographs --num_images 100 --image_size 256
-  python benchmarks/data.py --cache --num_images 2000 --batch_size 200
+  python benchmarks/data.py --cache --num_images 20000 --batch_size 200
+  python benchmarks/data.py --start --batch_size 2048
   python benchmarks/data.py --steps --batch_size 2 --repeats 3
 """
 
@@ -17,6 +19,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 
 import jax
@@ -176,6 +179,50 @@ def time_caches(num_images: int, batch_size: int, repeats: int) -> None:
                 print(f"{f'{title}: {what}':50} {cpu * each:6.4f}  {clock * each:8.4f}")
 
 
+class Blank:
+    """As many images as ImageNet has, all zeros, that cost nothing to read."""
+
+    num_views, label_names = 1, ("0",)
+
+    def __init__(self, image_size: int):
+        image = np.zeros((image_size, image_size, 3), np.uint8)
+        self.arrays = {"image": (image.shape, image.dtype)}
+        self._item, self.last_read = {"image": image, "label": np.int32(0)}, 0.0
+
+    def __len__(self) -> int:
+        return 1_281_167
+
+    def view(self, index: int, view: int) -> dict[str, np.ndarray]:
+        self.last_read = time.monotonic()
+        return self._item
+
+
+def time_start(batch_size: int, image_size: int, repeats: int) -> None:
+    """Prints seconds until the first batch, fresh and resumed, and bytes that wait for their turn.
+
+    Images of one pixel leave the work of the order.
+    """
+    given = dict(global_batch_size=batch_size, seed=0)
+
+    def first(next_index: int) -> None:
+        iterator = pipeline.train_iterator(Blank(1), num_threads=0, **given)
+        iterator.set_state({"next_index": next_index})
+        next(iterator)
+
+    named = {"first batch": lambda: first(0), "batch 900,000": lambda: first(900_000)}
+    for name, (cpu, clock) in least_of(repeats, named).items():
+        print(f"{name:26} {cpu:6.4f} s of CPU  {clock:6.4f} s")
+    source = Blank(image_size)
+    tracemalloc.start()
+    iterator = pipeline.train_iterator(source, **given)
+    held = next(iterator)
+    while time.monotonic() < source.last_read + 3:  # until nothing is read ahead any more
+        time.sleep(0.1)
+    mine = sum(x.nbytes for x in held.values())
+    waiting = tracemalloc.get_traced_memory()[0] - mine
+    print(f"a batch of {batch_size}: {mine / 1e9:.3f} GB, and {waiting / 1e9:.3f} GB wait")
+
+
 def least_of(repeats: int, named: dict[str, Callable]) -> dict[str, tuple[float, float]]:
     """Least CPU seconds, and seconds on the clock, of each pass."""
     least = dict.fromkeys(named, (np.inf, np.inf))
@@ -194,6 +241,7 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path, nargs="?")
     parser.add_argument("--cache", action="store_true", help="time caches of tokens")
     parser.add_argument("--steps", action="store_true", help="time updates of models")
+    parser.add_argument("--start", action="store_true", help="time the first batch of ImageNet")
     parser.add_argument("--num_images", type=int, default=100)
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--shorter_side", type=int, help="scale the photographs to it first")
@@ -203,11 +251,14 @@ def main() -> None:
     if args.steps:
         time_steps(args.batch_size, args.repeats)
         return
+    if args.start:
+        time_start(args.batch_size, args.image_size, args.repeats)
+        return
     if args.cache:
         time_caches(args.num_images, args.batch_size, args.repeats)
         return
     if args.folder is None:
-        parser.error("give a folder of photographs, --cache or --steps")
+        parser.error("give a folder of photographs, --cache, --steps or --start")
     found = sorted(x for x in args.folder.expanduser().rglob("*") if x.suffix in (".jpg", ".jpeg"))
     num_batches = min(args.num_images, len(found)) // args.batch_size
     found = found[: num_batches * args.batch_size]

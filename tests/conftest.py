@@ -9,6 +9,8 @@ miscompiles the sampling loop.
 import os
 import tempfile
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
@@ -27,3 +29,13 @@ def pytest_configure(config):
     """A worker that reads what another one is just writing compiles it itself."""
     reading = "Error reading persistent compilation cache entry"
     config.addinivalue_line("filterwarnings", f"ignore:{reading}:UserWarning")
+
+
+@pytest.fixture
+def sizes_unchecked():
+    """For programs of any number of rows: a symbolic size is no int, as annotations have it."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -46,7 +46,7 @@ class Bag(nn.Module):
         return jnp.full_like(prompt, self.num_classes)
 
     def empty_cache(self, prompt, spare=0):
-        return Cache(jnp.zeros((len(prompt), 1, self.width)), jnp.zeros(()))
+        return Cache(jnp.zeros((prompt.shape[0], 1, self.width)), jnp.zeros(()))
 
     def prefix(self, prompt, at):
         return self.class_embed(prompt)[:, None], at

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from arcond_jax import atomic, build, types
-from arcond_jax.analysis import figures, operations, report, windows
+from arcond_jax.analysis import figures, report, windows
+from arcond_jax.parallel import operations
 from arcond_jax.run import drawing, restoring
 from arcond_jax.sampling import sampled as sampled_lib
 

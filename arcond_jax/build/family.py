@@ -182,6 +182,7 @@ def windowed(config: Config, inner: Any) -> Any:
         num_heads=config.model.num_heads,
         depth=section.depth,
         mlp_ratio=section.mlp_ratio,
+        remat=config.model.remat,
         dtype=tokens.DTYPES[config.training.dtype],
     )
     if section.drafter:
@@ -238,6 +239,7 @@ def denoiser(config: Config) -> diffusion_head.DiffusionHead:
     """The denoising MLP."""
     return diffusion_head.DiffusionHead(
         channels=tokens.token_channels(config),
+        remat=config.model.remat,
         dtype=tokens.DTYPES[config.training.dtype],
         **config.diffusion_head,
     )
@@ -318,7 +320,8 @@ def causal_sampler(config: Config, network: Any, *, trace: bool, num_known: int)
         made += (code_head(config),)
     if network.channels is not None:
         made += (heads.Latents(solver(config), config.sampling.get("warm_start") is not None),)
-    loop = raster.Raster(network, made, guidance(config), trace=trace)
+    dtype = tokens.DTYPES[config.training.dtype]
+    loop = raster.Raster(network, made, guidance(config), trace, dtype)
     if config.sampling.get("speculative"):
         return speculative.Speculative(loop, config.sampling.relaxed_acceptance)
     codes_a_step = config.sampling.get("stride", 1)

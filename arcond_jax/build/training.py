@@ -1,13 +1,15 @@
 """The mesh, the optimizer, the train state and the compiled update."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import optax
 from jax.sharding import Mesh
 
-from arcond_jax import types
+from arcond_jax import placement, types
 from arcond_jax.build import family, models, tokens, transport
 from arcond_jax.config import Config, ConfigError
 from arcond_jax.models import tensorar
@@ -18,30 +20,53 @@ from arcond_jax.training import state as state_lib
 from arcond_jax.training import step as step_lib
 
 
-def mesh(config: Config) -> Mesh:
-    """The mesh over all devices.
+def mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over the devices; None for all there are.
 
     Raises:
-      ConfigError: too few devices for it.
+      ConfigError: too few devices for it, or a `tensor` axis that does not divide what it cuts.
     """
     try:
-        return mesh_lib.make_mesh(**config.mesh)
+        made = mesh_lib.make_mesh(**config.mesh, devices=devices)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    _check_tensor(config)
+    return made
 
 
-def training_mesh(config: Config) -> Mesh:
+def _check_tensor(config: Config) -> None:
+    """Raises ConfigError if heads, MLP or codes cannot be cut as many times as the mesh says."""
+    tensor = config.mesh.tensor
+    if tensor == 1:
+        return
+    boxed = jax.tree_util.tree_leaves_with_path(
+        abstract_params(config), is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+    for path, leaf in boxed:
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        for name, size in zip(leaf.names, leaf.value.shape, strict=True):
+            cut = placement.RULES.get(name) == placement.TENSOR
+            # A table may have any number of rows: then it is whole.
+            if cut and size % tensor and "table" not in where:
+                raise ConfigError(
+                    f"mesh.tensor {tensor} does not divide {size}, the {name} of "
+                    f"{where.removesuffix('/value')}: take a divisor, or mesh.fsdp in its place"
+                )
+
+
+def training_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The same, for training: what else a run does takes batches of any size.
 
     Raises:
       ConfigError: too few devices for it, or a batch that cannot be spread over it.
     """
-    made = mesh(config)
+    made, size = mesh(config, devices), config.data.batch_size
     shards = mesh_lib.num_batch_shards(made) * config.training.num_accumulations
-    if config.data.batch_size % shards:
+    if size % shards:
+        nearest = max(1, round(size / shards)) * shards
         raise ConfigError(
-            f"data.batch_size {config.data.batch_size} is not divisible by {shards}, the batch "
-            "shards of the mesh times training.num_accumulations"
+            f"data.batch_size {size} is not divisible by {shards}, the batch shards of the mesh "
+            f"times training.num_accumulations: the nearest that is, is {nearest}"
         )
     return made
 

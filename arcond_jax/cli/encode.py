@@ -17,9 +17,9 @@ EPILOG = """examples:
 
 Kept are moments (mean and log variance) of KL-16, codes of VQ-16, MaskGIT-VQ and LFQ, or both with
 the Gaussians that link them; or latents and codes of patches, whose tokenizer is fitted and kept
-too. A source is one of `arcond prepare`,
-or a folder that it or tfds prepared; its training images are encoded. Without --views they are
-those of the config: data.views, or the mirror image where data.random_flip is set. Run the same
+too. A source is one of `arcond prepare`, or a folder that it or tfds prepared; its training images
+are encoded. Without --views they are those of the config: data.views, or the mirror image where
+data.random_flip is set. Images that cannot be decoded are listed in OUT/failed.txt. Run the same
 command again to go on where it stopped."""
 
 
@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=caching.DTYPES, default="float16", help="of moments and latents"
     )
+    parser.add_argument(
+        "--batch_size",
+        type=prepare.count,
+        help=f"images at a time on each device; default: {caching.BATCH_SIZE}, or what fits",
+    )
+    prepare.add_on_error(parser)
     parser.add_argument("--num_threads", type=prepare.count, help="default: one a core")
     prepare.add_process_arguments(parser)
 
@@ -58,7 +64,9 @@ def main(args: argparse.Namespace) -> None:
         config,
         args.source,
         args.out,
-        caching.Options(_views(args), args.dtype),
+        caching.Options(
+            _views(args), args.dtype, args.batch_size, stop_on_error=args.on_error == "stop"
+        ),
         num_threads=args.num_threads,
         process_index=args.process_index,
         process_count=args.process_count,
@@ -66,9 +74,10 @@ def main(args: argparse.Namespace) -> None:
     if not manifest["complete"]:
         print(prepare.unfinished(args.out))
         return
-    count, classes = manifest["source"]["count"], len(manifest["class_names"])
-    kind, names = manifest["views"]["kind"], manifest["views"]["names"]
-    print(f"{args.out}: {count} images of {classes} classes, views {kind}: {len(names)} of each")
+    count, classes = manifest["splits"]["train"]["records"], len(manifest["class_names"])
+    views = f"views {manifest['views']['kind']}: {len(manifest['views']['names'])} of each"
+    left_out = prepare.left_out(manifest, args.out)
+    print(f"{args.out}: {count} images of {classes} classes, {views}{left_out}")
     estimate.show(found)
 
 

@@ -17,12 +17,11 @@ REFUSED, UNFORESEEN, INTERRUPTED = 2, 1, 130  # exit codes
 PACKAGE = pathlib.Path(arcond_jax.__file__).parent
 
 
-def guarded(command: str, run: Callable[[], None]) -> int:
+def guarded(command: str, run: Callable[[], int | None]) -> int:
     """Runs a command; returns its exit code, after a line on stderr if it failed."""
     sys.unraisablehook = _unless_late
     try:
-        run()
-        return 0
+        return run() or 0
     except BrokenPipeError:  # as `| head` leaves behind; what ends at a signal ends with its number
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's last flush
         return 128 + signal.SIGPIPE

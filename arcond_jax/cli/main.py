@@ -26,6 +26,7 @@ COMMANDS = (
     "convert",
     "export",
     "bench",
+    "compile",
 )
 
 

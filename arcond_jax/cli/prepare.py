@@ -2,9 +2,10 @@
 
 import argparse
 import pathlib
+from typing import Any
 
 from arcond_jax.cli import paths
-from arcond_jax.run import preparing
+from arcond_jax.run import preparing, sharded
 
 EPILOG = """examples:
   arcond prepare --source ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar --out imagenet
@@ -43,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--held_out", type=_share, metavar="SHARE", help="of each class, if the source has none"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of held-out images")
-    parser.add_argument(
-        "--on_error", choices=("skip", "stop"), default="skip", help="at images that are damaged"
-    )
+    add_on_error(parser)
     parser.add_argument(
         "--resize", type=count, metavar="PIXELS", help="keep crops of this size, lossless"
     )
@@ -55,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard_mb", type=count, default=512, help="size of a shard")
     parser.add_argument("--num_threads", type=count, help="default: one a core")
     add_process_arguments(parser)
+
+
+def add_on_error(parser: argparse.ArgumentParser) -> None:
+    """Of commands that meet images which cannot be read."""
+    parser.add_argument(
+        "--on_error", choices=("skip", "stop"), default="skip", help="at images that are damaged"
+    )
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +80,12 @@ def check_process(args: argparse.Namespace) -> None:
 def unfinished(out: pathlib.Path) -> str:
     """What the other processes still have to do, in a line."""
     return f"{out}: shards of other processes are missing; the last of them completes it"
+
+
+def left_out(manifest: dict[str, Any], out: pathlib.Path) -> str:
+    """How many images could not be read, and where they are listed; empty where all could."""
+    count = manifest["failed"]
+    return f"; {count} could not be read: {out / sharded.FAILED}" if count else ""
 
 
 def main(args: argparse.Namespace) -> None:
@@ -97,10 +109,8 @@ def main(args: argparse.Namespace) -> None:
         print(unfinished(args.out))
         return
     counts = ", ".join(f"{x['records']} {name}" for name, x in manifest["splits"].items())
-    failed = manifest["failed"]
-    left_out = f"; {failed} could not be read: {args.out / preparing.FAILED}" if failed else ""
     classes = len(manifest["class_names"])
-    print(f"{args.out}: {counts} images of {classes} classes{left_out}")
+    print(f"{args.out}: {counts} images of {classes} classes{left_out(manifest, args.out)}")
 
 
 def _names(path: pathlib.Path | None) -> tuple[str, ...] | None:

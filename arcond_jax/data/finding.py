@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from arcond_jax.data import parquet, records, tars, tfds, unpacked
+from arcond_jax.data import parquet, records, stored, tars, tfds, unpacked
 from arcond_jax.data.listing import Listing
 
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")
@@ -54,7 +54,11 @@ def _of_one(source: pathlib.Path) -> dict[str, Listing]:
         what = "unpack it first" if packed else "give a folder, a .tar or a .parquet file"
         raise ValueError(f"{source} is not read: {what}")
     if records.is_prepared(source):
-        raise ValueError(f"{source} is prepared already: train on it by data.name=records")
+        tokens = records.read_manifest(source).get("kind") == stored.KIND
+        what, name = ("is a cache", "cache") if tokens else ("is prepared already", "records")
+        raise ValueError(
+            f"{source} {what}: train on it by data.name={name} and data.directory={source}"
+        )
     if tfds.is_prepared(source):
         raise ValueError(f"{source} was prepared by tfds: train on it as it is, by data.name=tfds")
     for ending, module in ((".parquet", parquet), (".tar", tars)):

@@ -11,6 +11,19 @@ from PIL import Image
 MAX_ASPECT = 100  # scaled by its shorter side, a longer image takes any memory
 
 
+class UnreadableError(ValueError):
+    """An image that cannot be decoded, or has no middle to crop.
+
+    Attributes:
+      name: Of the image: its file, as a rule.
+      why: What is wrong with it; the message is both.
+    """
+
+    def __init__(self, name: str | os.PathLike, why: str):
+        super().__init__(f"{name} {why}")
+        self.name, self.why = str(name), why
+
+
 def uint8_to_image(
     image_uint8: UInt8[np.ndarray | Array, "*batch height width channels"],
 ) -> Float[Any, "*batch height width channels"]:
@@ -71,7 +84,7 @@ def open_image(
     so is what PNG files hold under 32 bits, which is 16.
 
     Raises:
-      ValueError: The file is missing, truncated, too large (PIL's limit against decompression
+      UnreadableError: The file is missing, truncated, too large (PIL's limit against decompression
         bombs), no image, or of numbers without a known range: 32-bit integers and floats.
     """
     return _opened(path, num_channels, encoded=encoded)[0]
@@ -98,7 +111,7 @@ def _opened(
             return _converted(image, "L" if num_channels == 1 else "RGB"), size
     except Exception as error:  # decoders raise what they like
         text = " ".join(str(error).replace(f" {opened!r}", "").split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read as an image ({text})") from None
+        raise UnreadableError(path, f"cannot be read as an image ({text})") from None
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
@@ -109,6 +122,9 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         raise ValueError(f"{image.format} of mode {image.mode}: save it with 8 bits")
     if image.mode in ("P", "PA") and "transparency" in image.info:
         return image.convert("RGBA").convert(mode)  # the same colours, without a warning
+    if image.mode == mode:
+        image.load()  # `convert` would copy it
+        return image
     return image.convert(mode)
 
 
@@ -206,7 +222,7 @@ def open_square(
         where the image is at least twice too large, and costs less.
 
     Raises:
-      ValueError: The file cannot be read, or is more than `MAX_ASPECT` times as long as wide.
+      UnreadableError: The file cannot be read, or is more than `MAX_ASPECT` times as long as wide.
     """
     fast = resize == "fast"
     at_least = size if fast else None
@@ -217,9 +233,10 @@ def open_square(
 
 
 def check_aspect(path: str | os.PathLike, size: tuple[int, int]) -> None:
-    """Raises ValueError for an image more than `MAX_ASPECT` times as long as wide."""
+    """Raises UnreadableError for an image more than `MAX_ASPECT` times as long as wide."""
     if max(size) > MAX_ASPECT * min(size):
-        raise ValueError(
-            f"{path}: {size[0]} x {size[1]} pixels have no middle to crop: at most {MAX_ASPECT} "
-            "times as long as wide"
+        raise UnreadableError(
+            path,
+            f"has {size[0]} x {size[1]} pixels and no middle to crop: at most {MAX_ASPECT} times "
+            "as long as wide",
         )

@@ -12,12 +12,14 @@ by (seed, epoch, index) alone.
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
 # What waits for its turn at each process: enough to hide a slow item, and never more than a host
 # has room for; a batch of 2,048 images of 256x256x3 is 0.4 GB.
@@ -126,23 +128,36 @@ def train_iterator(
         )
     local_batch_size = global_batch_size // process_count
     rows = slice(process_index * local_batch_size, (process_index + 1) * local_batch_size)
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     source, readers = _with_views(source), pool(num_threads)
 
-    def loaded(number: int, indices: np.ndarray) -> NumpyBatch:
+    def loaded(number: int) -> NumpyBatch:
+        # Positions are those of the global batch: with an order of their own, processes would have
+        # other batches whenever their count changes.
         positions = number * global_batch_size + np.arange(global_batch_size)[rows]
-        epochs = positions // len(source)
-        views = drawn_views(indices[rows], epochs, seed=seed, num_views=source.num_views)
-        return load(source, indices[rows], readers, views)
+        indices, epochs = shuffled(positions, len(source), seed=seed), positions // len(source)
+        views = drawn_views(indices, epochs, seed=seed, num_views=source.num_views)
+        return load(source, indices, readers, views)
 
-    # Indices are batched, and images loaded after the cut: sharding first would give each process
-    # count its own order.
-    batches = order.batch(global_batch_size, drop_remainder=True).map_with_index(loaded)
+    batches = grain.MapDataset.range(sys.maxsize).map(loaded)
     item_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in source.arrays.values())
     batch_bytes = local_batch_size * item_bytes
     ahead = min(max(1, prefetch_bytes // batch_bytes), PREFETCH_BATCHES) if readers else 0
     options = grain.ReadOptions(num_threads=1 if readers else 0, prefetch_buffer_size=ahead)
     return iter(batches.to_iter_dataset(options))
+
+
+def shuffled(positions: np.ndarray, length: int, *, seed: int) -> np.ndarray:
+    """The item at each position of epochs that follow each other, each a new permutation; int64.
+
+    These are the items of `grain.MapDataset.range(length).seed(seed).shuffle()`, which spends more
+    on each of them than on reading a small record.
+    """
+    (first,) = np.random.SeedSequence((seed, 1)).generate_state(1)  # as Grain has it; of epoch 0
+    epochs, places = np.divmod(positions, length)
+    seeds = (int(first) + epochs) % 2**32
+    pairs = zip(places.tolist(), seeds.tolist(), strict=True)
+    found = [index_shuffle(x, max_index=length - 1, seed=y, rounds=4) for x, y in pairs]
+    return np.asarray(found, np.int64)
 
 
 def drawn_views(

@@ -126,7 +126,8 @@ class Shards:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = int(index - self._starts[shard])
         try:
-            return self._reader(shard).read([row])[0]
+            # By a range: a list of rows costs as much more as there are records in the file.
+            return self._reader(shard).read(row, row + 1)[0]
         except (RuntimeError, IndexError) as error:
             text = " ".join(str(error).split())[:100]
             raise ValueError(

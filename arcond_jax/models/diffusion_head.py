@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from arcond_jax.nn import linear, modulation, norm, parameter
+from arcond_jax import placement
+from arcond_jax.nn import linear, modulation, norm, parameter, stack
 
 NUM_FREQUENCIES = 128  # MAR's TimestepEmbedder: 256 features, cosines then sines
 
@@ -37,6 +38,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... d"], y: Float[Array, "... d"]) -> Float[Array, "... d"]:
         vectors = modulation.modulation(3, self.width, self.dtype)(jax.nn.silu(y))
+        vectors = placement.constrain_batch(vectors)
         shift, scale, gate = modulation.parts(vectors)
         hidden = modulation.modulate(norm.LayerNorm(name="norm")(x), shift, scale)
         for i, axes in enumerate((("embed", "mlp"), ("mlp", "embed"))):
@@ -49,7 +51,7 @@ class ResBlock(nn.Module):
                 name=f"mlp_{i}",
             )(hidden)
             hidden = jax.nn.silu(hidden) if i == 0 else hidden
-        return x + gate * hidden
+        return placement.constrain_batch(x + gate * hidden)
 
 
 class DiffusionHead(nn.Module):
@@ -59,11 +61,13 @@ class DiffusionHead(nn.Module):
       channels: c, of the latent.
       depth: Residual blocks.
       width: Of the MLP, independent of the backbone's.
+      remat: As in `nn.stack.scanned`.
     """
 
     channels: int
     depth: int
     width: int
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -82,11 +86,12 @@ class DiffusionHead(nn.Module):
         time = dense(width, ("embed", "mlp"), parameter.normal_init, "time_1")(jax.nn.silu(time))
         y = time + dense(width, ("embed", "mlp"), xavier, "cond")(cond)
         h = dense(width, (None, "embed"), xavier, "input")(x)
+        block = stack.rematerialised(ResBlock, self.remat)
         for i in range(self.depth):
-            h = ResBlock(width, self.dtype, name=f"block_{i}")(h, y)
+            h = block(width, self.dtype, name=f"block_{i}")(h, y)
 
         last = modulation.modulation(2, width, self.dtype, name="final_modulation")
-        vectors = last(jax.nn.silu(y))
+        vectors = placement.constrain_batch(last(jax.nn.silu(y)))
         h = modulation.modulate(norm.LayerNorm(use_affine=False)(h), *modulation.parts(vectors))
         output = dense(2 * self.channels, ("embed", None), parameter.zeros_init, "output")(h)
         return output.astype(jnp.float32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
-from arcond_jax import types
+from arcond_jax import placement, types
 from arcond_jax.diffusion import gaussian
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.models import diffusion_head, generator
@@ -57,7 +57,7 @@ class Block(nn.Module):
             return linear.Linear(features, axes, True, xavier, self.dtype, name=name)
 
         b, l, d = x.shape
-        vectors = linear.constrain_batch(modulation.modulation(6, d, self.dtype)(y))
+        vectors = placement.constrain_batch(modulation.modulation(6, d, self.dtype)(y))
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.parts(vectors)
 
         heads = (3, self.num_heads, d // self.num_heads)
@@ -69,7 +69,7 @@ class Block(nn.Module):
         hidden = dense(hidden, ("embed", "mlp"), "mlp_0")(normalised(x, mlp_shift, mlp_scale))
         hidden = jax.nn.gelu(hidden, approximate=True)
         x = x + mlp_gate * dense((d,), ("mlp", "embed"), "mlp_1")(hidden)
-        return linear.constrain_batch(x), None
+        return placement.constrain_batch(x), None
 
 
 class DiT(nn.Module):
@@ -132,7 +132,7 @@ class DiT(nn.Module):
         )
         h, _ = blocks(self.num_heads, self.mlp_ratio, self.dtype, name="blocks")(h, y)
 
-        vectors = linear.constrain_batch(modulation.modulation(2, width, self.dtype)(y))
+        vectors = placement.constrain_batch(modulation.modulation(2, width, self.dtype)(y))
         h = normalised(h, *modulation.parts(vectors))
         output = dense(2 * self.channels, ("embed", None), parameter.zeros_init, "output")(h)
         return output.astype(jnp.float32)

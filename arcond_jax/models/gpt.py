@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from arcond_jax import placement
 from arcond_jax.nn import attention, causal, linear, mlp, norm, rope, stack
 
 # LlamaGen's table (Sun et al., 2024, table 1).
@@ -81,7 +82,7 @@ class Block(nn.Module):
 
         y = norm.RMSNorm(name="mlp_norm")(x)
         x = x + drop(mlp.SwiGLU(d, self.mlp_hidden, dtype=self.dtype, name="mlp")(y))
-        return (linear.constrain_batch(x), cache), None
+        return (placement.constrain_batch(x), cache), None
 
 
 class GPT(nn.Module):

@@ -33,8 +33,9 @@ class Joint(llamagen.LlamaGen, kw_only=True):
         width, dtype = self.backbone.width, self.backbone.dtype
         self.denoiser = self.head.clone()
         self.latent_in = linear.Linear((width,), (None, "embed"), True, dtype=dtype)
-        self.head_position = parameter.parameter(
-            self, "head_position", parameter.normal_init, (self.length, width), (None, "embed")
+        shape, axes = (self.length, width), (None, "embed")
+        self.head_position = parameter.table(
+            self, "head_position", parameter.normal_init, shape, axes, dtype
         )
         if self.num_codes is not None:
             # Its last row stands for a code that is not told.

@@ -171,28 +171,41 @@ class LatentLoss:
             untold = jax.random.bernoulli(code_rng, self.code_dropout, latents.shape[:-1])
             codes = jnp.where(untold, network.factor_sizes[0], factors[..., 0])
         cond = apply(cond, codes, method="latent_cond")
-        shape = (self.num_copies, *latents.shape)
-        t = jax.random.randint(time_rng, shape[:-1], 0, len(self.schedule.betas))
-        noise = jax.random.normal(noise_rng, shape)
+        t, noise = drawn(time_rng, noise_rng, latents, self.num_copies, schedule=self.schedule)
         mse, vb = diffusion_losses(apply, cond, latents, t, noise, schedule=self.schedule)
         mse, vb = jnp.mean(mse), jnp.mean(vb)
         metrics = {"diffusion/mse": mse, "diffusion/vb": vb, "loss_diffusion": mse + vb}
         return self.weight * (mse + vb), metrics
 
 
+def drawn(
+    time_rng: Key[Array, ""],
+    noise_rng: Key[Array, ""],
+    latents: Float[Array, "b l c"],
+    num_copies: int,
+    *,
+    schedule: schedule_lib.Schedule,
+) -> tuple[Int[Array, "b copies l"], Float[Array, "b copies l c"]]:
+    """Times and noise of every copy of the latents."""
+    shape = (num_copies, *latents.shape)
+    t = jax.random.randint(time_rng, shape[:-1], 0, len(schedule.betas))
+    noise = jax.random.normal(noise_rng, shape)
+    return jnp.swapaxes(t, 0, 1), jnp.swapaxes(noise, 0, 1)
+
+
 def diffusion_losses(
     apply: Apply,
     cond: Float[Array, "b l d"],
     latents: Float[Array, "b l c"],
-    t: Int[Array, "copies b l"],
-    noise: Float[Array, "copies b l c"],
+    t: Int[Array, "b copies l"],
+    noise: Float[Array, "b copies l c"],
     *,
     schedule: schedule_lib.Schedule,
-) -> tuple[Float[Array, "copies b l"], Float[Array, "copies b l"]]:
+) -> tuple[Float[Array, "b copies l"], Float[Array, "b copies l"]]:
     """Squared error of the noise and variational term of every position and copy."""
-    x0 = jnp.broadcast_to(latents, noise.shape)
+    x0 = jnp.broadcast_to(latents[:, None], noise.shape)
     x = gaussian.q_sample(x0, t, noise, schedule=schedule)
-    cond = jnp.broadcast_to(cond, (*noise.shape[:-1], cond.shape[-1]))
+    cond = jnp.broadcast_to(cond[:, None], (*noise.shape[:-1], cond.shape[-1]))
     output = apply(x, t, cond, method="denoise")
     return gaussian.loss(output, x0, x, t, noise, schedule=schedule)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key
 
-from arcond_jax import types
+from arcond_jax import placement, types
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.models import diffusion_head, generator, losses
 from arcond_jax.nn import attention, linear, mlp, norm, parameter, stack
@@ -81,7 +81,7 @@ class Block(nn.Module):
         y = norm.LayerNorm(name="mlp_norm")(x)
         hidden = int(self.mlp_ratio * d)
         x = x + mlp.GeluMLP(d, hidden, True, xavier, self.dropout, self.dtype, name="mlp")(y)
-        return linear.constrain_batch(x), None
+        return placement.constrain_batch(x), None
 
 
 class MAR(nn.Module):
@@ -129,7 +129,8 @@ class MAR(nn.Module):
         self.decoder_position = self._table("decoder_position", (slots, deep))
         # The last block stands apart: it computes only the positions that are asked for.
         self.decoder = self._blocks(self.decoder_depth - 1, self.decoder_num_heads)
-        self.decoder_last = Block(**self._block_options(self.decoder_num_heads))
+        last = stack.rematerialised(Block, self.remat, static_argnums=(4,))
+        self.decoder_last = last(**self._block_options(self.decoder_num_heads))
         self.decoder_norm = norm.LayerNorm()
         self.head_position = self._table("head_position", (self.length, deep))
         self.denoiser = self.head.clone()
@@ -219,7 +220,7 @@ class MAR(nn.Module):
 
     def _table(self, name: str, shape: tuple[int, ...]) -> Array:
         axes = (None,) * (len(shape) - 1) + ("embed",)
-        return parameter.parameter(self, name, parameter.normal_init, shape, axes)
+        return parameter.table(self, name, parameter.normal_init, shape, axes, self.dtype)
 
     def _block_options(self, num_heads: int) -> dict[str, Any]:
         return dict(
@@ -279,9 +280,9 @@ class Generator(generator.Generator):
         cond = self.teacher_forced(params, latents, order, prompt, num_visible, rngs=dropout)
         masked = jnp.arange(self.network.length) >= num_visible
         time_rng, noise_rng = jax.random.split(rngs["head"])
-        shape = (self.num_copies, *latents.shape)
-        t = jax.random.randint(time_rng, shape[:-1], 0, len(self.schedule.betas))
-        noise = jax.random.normal(noise_rng, shape)
+        t, noise = losses.drawn(
+            time_rng, noise_rng, latents, self.num_copies, schedule=self.schedule
+        )
         mse, vb = self.head_losses(params, cond, latents, t, noise)
         mse, vb = (jnp.mean(x, where=masked) for x in (mse, vb))
         loss = mse + vb
@@ -325,9 +326,9 @@ class Generator(generator.Generator):
         params: types.Params,
         cond: Float[Array, "b l d"],
         latents: Float[Array, "b l c"],
-        t: Int[Array, "copies b l"],
-        noise: Float[Array, "copies b l c"],
-    ) -> tuple[Float[Array, "copies b l"], Float[Array, "copies b l"]]:
+        t: Int[Array, "b copies l"],
+        noise: Float[Array, "b copies l c"],
+    ) -> tuple[Float[Array, "b copies l"], Float[Array, "b copies l"]]:
         """Squared error of the noise and variational term of every position and copy."""
 
         def apply(*args: Any, **options: Any) -> Any:

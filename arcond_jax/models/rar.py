@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
-from arcond_jax import types
+from arcond_jax import placement, types
 from arcond_jax.models import causal
 from arcond_jax.nn import attention, linear, mlp, modulation, norm, parameter, stack
 from arcond_jax.nn import causal as causal_attention
@@ -58,7 +58,7 @@ class Block(nn.Module):
         x, cache = carry
         b, l, d = x.shape
         deterministic = not self.has_rng("dropout")
-        vectors = linear.constrain_batch(modulation.modulation(6, d, self.dtype)(modulator))
+        vectors = placement.constrain_batch(modulation.modulation(6, d, self.dtype)(modulator))
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.parts(vectors)
 
         features = (3, self.num_heads, d // self.num_heads)
@@ -81,7 +81,7 @@ class Block(nn.Module):
         y = mlp.GeluMLP(
             d, self.mlp_hidden, True, dropout=self.dropout, dtype=self.dtype, name="mlp"
         )(y)
-        return (linear.constrain_batch(x + mlp_gate * y), cache), None
+        return (placement.constrain_batch(x + mlp_gate * y), cache), None
 
 
 class RAR(nn.Module):
@@ -176,7 +176,7 @@ class RAR(nn.Module):
         """With room for `spare` places beyond the end."""
         return attention.empty_cache(
             depth=self.depth,
-            batch=len(prompt),
+            batch=prompt.shape[0],
             length=PREFIX + self.length + spare,
             kv_heads=self.num_heads,
             head_dim=self.width // self.num_heads,
@@ -187,7 +187,9 @@ class RAR(nn.Module):
         self, prompt: Int[Array, " b"], at: Int[Array, "*b 1"]
     ) -> tuple[Float[Array, "b 2 d"], Int[Array, "*b 2"]]:
         """The start and the class, which is told the first position."""
-        start = jnp.broadcast_to(self.start_token.astype(self.dtype), (len(prompt), 1, self.width))
+        start = jnp.broadcast_to(
+            self.start_token.astype(self.dtype), (prompt.shape[0], 1, self.width)
+        )
         places = self.position[:PREFIX].astype(self.dtype)
         label = self._class_row(prompt) + places[1] + self._rows(self.next_position, at)
         x = jnp.concatenate([start + places[0], label], axis=1)
@@ -214,7 +216,7 @@ class RAR(nn.Module):
         (x, cache), _ = self.blocks((x, cache), jnp.arange(self.depth), modulator)
         if cache is not None:
             cache = dataclasses.replace(cache, index=cache.index + x.shape[1])
-        vectors = linear.constrain_batch(self.final_modulation(modulator))
+        vectors = placement.constrain_batch(self.final_modulation(modulator))
         scale, shift = modulation.parts(vectors)  # in this order, other than in the blocks
         return modulation.modulate(self.final_norm(x), shift, scale), cache
 
@@ -257,7 +259,7 @@ class RAR(nn.Module):
         init: parameter.Initializer = parameter.normal_init,
     ) -> Array:
         axes = (None,) * (len(shape) - 1) + ("embed",)
-        return parameter.parameter(self, name, init, shape, axes)
+        return parameter.table(self, name, init, shape, axes, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from arcond_jax import types
-from arcond_jax.nn import attention, linear, mlp, norm, parameter
+from arcond_jax import placement, types
+from arcond_jax.nn import attention, linear, mlp, norm, parameter, stack
 
 PARTS = ("window_encoder", "window_decoder")  # parameters beside those of the model inside
 
@@ -66,7 +66,7 @@ class QueryBlock(nn.Module):
         if self.mlp_ratio:
             y = norm.RMSNorm(name="mlp_norm")(x)
             x = x + mlp.GeluMLP(d, self.mlp_ratio * d, dtype=self.dtype, name="mlp")(y)
-        return x
+        return placement.constrain_batch(x)
 
 
 class QueryTransformer(nn.Module):
@@ -76,16 +76,18 @@ class QueryTransformer(nn.Module):
     num_heads: int
     mlp_ratio: int
     rows: tuple[int, int]
+    remat: str
     dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "n rows d"], mask: Bool[Array, "rows rows"] | None = None
     ) -> Float[Array, "n kept d"]:
+        block = stack.rematerialised(QueryBlock, self.remat)
         for i in range(self.depth):
             rows = self.rows if i == self.depth - 1 else (0, x.shape[1])
-            block = QueryBlock(self.num_heads, self.mlp_ratio, rows, self.dtype, name=f"block_{i}")
-            x = block(x, mask)
+            options = (self.num_heads, self.mlp_ratio, rows, self.dtype)
+            x = block(*options, name=f"block_{i}")(x, mask)
         return x
 
 
@@ -101,6 +103,7 @@ class InputEncoder(nn.Module):
     num_heads: int
     mlp_ratio: int = 4
     out: str = "gain"
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -117,9 +120,8 @@ class InputEncoder(nn.Module):
         entries = jnp.where(seen[..., None], codes, pad.astype(codes.dtype)).reshape(-1, w, d)
         # Row 0 is the query: nothing but its own learned vector.
         rows = jnp.pad(entries, ((0, 0), (1, 0), (0, 0))) + position
-        rows = QueryTransformer(
-            self.depth, self.num_heads, self.mlp_ratio, (0, 1), self.dtype, name="transformer"
-        )(rows)
+        options = (self.depth, self.num_heads, self.mlp_ratio, (0, 1), self.remat, self.dtype)
+        rows = QueryTransformer(*options, name="transformer")(rows)
         folded = norm.RMSNorm(use_scale=False)(rows[:, 0])
         if self.out == "gain":
             folded = gain(self, folded)
@@ -152,6 +154,7 @@ class OutputDecoder(nn.Module):
     mlp_ratio: int = 4
     unit: bool = True
     residual: bool = True
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -192,6 +195,7 @@ class DraftDecoder(nn.Module):
     window: int
     mlp_ratio: int = 4
     unit: bool = True
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -235,9 +239,9 @@ def unfolded(
     x, mask = jnp.concatenate([told, queries], axis=1), None
     if about is not None and in_order:
         mask = jnp.tri(x.shape[1], dtype=bool)
-    return QueryTransformer(
-        decoder.depth, decoder.num_heads, decoder.mlp_ratio, rows, decoder.dtype, name="transformer"
-    )(x, mask)
+    options = (decoder.depth, decoder.num_heads, decoder.mlp_ratio)
+    transformer = QueryTransformer(*options, rows, decoder.remat, decoder.dtype, name="transformer")
+    return transformer(x, mask)
 
 
 def size(x: Float[Array, "n d"]) -> Float[Array, "n 1"]:
@@ -371,6 +375,7 @@ class Windowed(Around, kw_only=True):
         ICLR version are those of nine d x d, one more than in the blocks.
       residual: Whether both sides add to what the model inside has, starting with nothing;
         otherwise they stand in its place, which is for training from scratch.
+      remat: As in `nn.stack.scanned`.
     """
 
     window: int
@@ -379,15 +384,22 @@ class Windowed(Around, kw_only=True):
     mlp_ratio: int = 4
     projection: bool = False
     residual: bool = True
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         nn.share_scope(self, self.inner)
-        blocks = (self.depth, self.num_heads)
         out = ("projection" if self.projection else "gain") if self.residual else "norm"
-        self.window_encoder = InputEncoder(*blocks, self.mlp_ratio, out, self.dtype)
+        blocks: dict[str, Any] = dict(
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            remat=self.remat,
+            dtype=self.dtype,
+        )
+        self.window_encoder = InputEncoder(out=out, **blocks)
         self.window_decoder = OutputDecoder(
-            *blocks, self.window, self.mlp_ratio, self.inner.normalised, self.residual, self.dtype
+            window=self.window, unit=self.inner.normalised, residual=self.residual, **blocks
         )
 
     @property
@@ -432,23 +444,26 @@ class Drafter(Around, kw_only=True):
     Attributes:
       num_drafts: Codes guessed at each position.
       depth, num_heads, mlp_ratio: Of the query blocks.
+      remat: As in `nn.stack.scanned`.
     """
 
     num_drafts: int
     num_heads: int
     depth: int = 1
     mlp_ratio: int = 4
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         nn.share_scope(self, self.inner)
         self.window_decoder = DraftDecoder(
-            self.depth,
-            self.num_heads,
-            self.num_drafts + 1,
-            self.mlp_ratio,
-            self.inner.normalised,
-            self.dtype,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            window=self.num_drafts + 1,
+            mlp_ratio=self.mlp_ratio,
+            unit=self.inner.normalised,
+            remat=self.remat,
+            dtype=self.dtype,
         )
 
     @property

@@ -132,7 +132,7 @@ def nearest_to_mixed(
 
     # Entry 0 is always clean, so only the others are looked up.
     def one_by_one(x: Array) -> Array:
-        return jnp.moveaxis(x[..., 1:].reshape(len(x), -1), 0, 1)
+        return jnp.moveaxis(x[..., 1:].reshape(x.shape[0], -1), 0, 1)
 
     level = jnp.broadcast_to(jnp.asarray(levels)[1:], codes[0, ..., 1:].shape).reshape(-1)
 

@@ -94,19 +94,18 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b rows columns d"]:
         size = self.kernel_size
         shape = (size, size, x.shape[-1], self.features)
-        kernel = parameter.parameter(self, "kernel", kernel_init, shape, (None,) * 4)
+        kernel = parameter.parameter(self, "kernel", kernel_init, shape, (None,) * 4, self.dtype)
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            kernel,
             window_strides=(self.stride, self.stride),
             padding=[self.padding or (size // 2, size // 2)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if self.use_bias:
-            bias = parameter.parameter(
-                self, "bias", parameter.zeros_init, (self.features,), (None,)
+            y = y + parameter.parameter(
+                self, "bias", parameter.zeros_init, (self.features,), (None,), self.dtype
             )
-            y = y + bias.astype(self.dtype)
         return y
 
 

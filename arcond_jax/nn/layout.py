@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+from jaxtyping import DTypeLike
 
 STACKED = "blocks"  # below this name parameters have a leading axis of layers; `stack.scanned`
 TURNED = "turned_kernel"
+ROUNDED = ("kernel", "table")  # what `linear` computes with, in its own type
 FEW_ROWS = 128  # for more rows a CPU is faster with kernels as they are
 
 
@@ -41,10 +44,37 @@ def for_rows(params: Any, num_rows: int) -> Any:
     """The parameters turned, where that is faster: on a CPU, if few rows are multiplied at a time.
 
     Such a product takes as long as its kernel takes to read; with the input axis last XLA reads 1.5
-    to 3.5 times faster.
+    to 3.5 times faster. A program for any number of rows has them as they are.
     """
-    few = num_rows <= FEW_ROWS
-    return turned(params) if few and jax.default_backend() == "cpu" else params
+    if jax.export.is_symbolic_dim(num_rows) or num_rows > FEW_ROWS:
+        return params
+    return turned(params) if _platform() == "cpu" else params
+
+
+def _platform() -> str | None:
+    """What the program that is being traced is for; None if for more than one.
+
+    The mesh says it, also where the program is compiled on a machine of another platform. A mesh
+    without devices stands for all, and outside a mesh a program runs where jax does.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend()
+    return None if mesh.abstract_device is None else mesh.abstract_device.platform
+
+
+def rounded(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    """The kernels and tables in the type they are used in.
+
+    A loop over layers rounds what it takes out of the stack, again at each step of the loop around
+    it. Biases and norms, of which some are used in float32, are small.
+    """
+
+    def round_one(path: tuple, leaf: Any) -> Any:
+        last = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else None
+        return leaf.astype(dtype) if last in ROUNDED else leaf
+
+    return jax.tree_util.tree_map_with_path(round_one, params)
 
 
 def turned(params: Mapping[str, Any], *, stacked: bool = False) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 import math
 
 import flax.linen as nn
-import flax.linen.spmd
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
@@ -35,12 +33,11 @@ class Linear(nn.Module):
             y = jnp.tensordot(kernel.astype(self.dtype), x, axes=(-1, -1))
             y = y.transpose(*range(len(self.features), y.ndim), *range(len(self.features)))
         else:
-            y = jnp.tensordot(x, self._kernel(x.shape[-1]).astype(self.dtype), axes=1)
+            y = jnp.tensordot(x, self._kernel(x.shape[-1]), axes=1)
         if self.use_bias:
-            bias = parameter.parameter(
-                self, "bias", parameter.zeros_init, self.features, self.axes[1:]
+            y = y + parameter.parameter(
+                self, "bias", parameter.zeros_init, self.features, self.axes[1:], self.dtype
             )
-            y = y + bias.astype(self.dtype)
         return y
 
     def _kernel(self, width: int) -> Float[Array, "i ..."]:
@@ -49,7 +46,8 @@ class Linear(nn.Module):
             flat = (shape[0], math.prod(shape[1:]))
             return self.kernel_init(rng, flat, dtype).reshape(shape)
 
-        return parameter.parameter(self, "kernel", init, (width, *self.features), self.axes)
+        shape = (width, *self.features)
+        return parameter.parameter(self, "kernel", init, shape, self.axes, self.dtype)
 
 
 class Embed(nn.Module):
@@ -63,10 +61,6 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
         shape = (self.num_rows, self.width)
-        table = parameter.parameter(self, "table", self.init, shape, ("vocab", "embed"))
+        axes = ("vocab", "embed")
+        table = parameter.table(self, "table", self.init, shape, axes, self.dtype)
         return jnp.take(table, ids, axis=0).astype(self.dtype)
-
-
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps the first axis on the mesh's batch axes; the identity outside a mesh."""
-    return flax.linen.spmd.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))

@@ -1,11 +1,13 @@
-"""How every parameter is made: float32, and each axis with its logical name."""
+"""How every parameter is made and read: stored float32, each axis with its logical name."""
 
 from collections.abc import Callable
-from typing import cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, DTypeLike
+
+from arcond_jax import placement
 
 Initializer = Callable[..., Array]
 
@@ -21,9 +23,40 @@ def parameter(
     init: Initializer,
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
-) -> Array:
-    """A parameter of `module`; the names in `axes` are those of the sharding rules."""
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """A parameter of `module` in `dtype`, gathered along what cuts the batch.
+
+    The names in `axes` are those of the sharding rules.
+    """
+    stored = _stored(module, name, init, shape, axes)
+    return placement.gathered(stored, axes, dtype).astype(dtype)
+
+
+def table(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """The same for rows to be looked up: moved in `dtype`, but of the type it is stored in.
+
+    So that the gradients of equal rows are added in float32.
+    """
+    stored = _stored(module, name, init, shape, axes)
+    return placement.gathered(stored, axes, dtype, looked_up=True).astype(stored.dtype)
+
+
+def _stored(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+) -> jax.Array:
     # Flax hands back the array itself; only the stored tree is boxed with the names.
-    return cast(
-        Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return jnp.asarray(
+        module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     )

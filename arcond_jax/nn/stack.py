@@ -23,15 +23,34 @@ def scanned(
       unroll: Blocks per iteration; `depth` unrolls it. Same parameters either way.
       in_axes: One for each input: 0 to hand out slices, `nn.broadcast` for the whole.
     """
-    if remat != "none":
-        # prevent_cse is for code outside scans; inside it only blocks optimisation.
-        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return nn.scan(
-        block,
+        rematerialised(block, remat, in_scan=True),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def rematerialised(
+    block: type[nn.Module],
+    remat: str,
+    *,
+    in_scan: bool = False,
+    static_argnums: tuple[int, ...] = (),
+) -> type[nn.Module]:
+    """`block`, whose backward pass computes again what `remat` says, as in `scanned`.
+
+    Args:
+      static_argnums: Inputs of its call that are no arrays, counted from 1.
+    """
+    if remat == "none":
+        return block
+    return nn.remat(
+        block,
+        policy=REMAT_POLICIES[remat],
+        prevent_cse=not in_scan,  # inside a scan it only blocks optimisation
+        static_argnums=static_argnums,
     )

@@ -3,15 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from arcond_jax.parallel import mesh as mesh_lib
-
 
 class Compiled:
-    """`jax.jit` under a mesh and the sharding rules, so that constraints inside the models hold.
+    """`jax.jit` under a mesh, so that constraints inside the models hold.
 
     Compiles at the first call with arguments of new shapes, or ahead of time:
     `Compiled(f, mesh).lower(*args).compile()`, where arguments may be `jax.ShapeDtypeStruct`.
@@ -22,15 +19,15 @@ class Compiled:
         self._jitted = jax.jit(function, **jit_options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.RULES):
+        with jax.set_mesh(self.mesh):
             return self._jitted(*args, **kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """The program for arguments of these shapes, as JAX writes it."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.RULES):
+        with jax.set_mesh(self.mesh):
             return self._jitted.trace(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """The program for arguments of these shapes, not yet compiled."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.RULES):
+        with jax.set_mesh(self.mesh):
             return self._jitted.lower(*args, **kwargs)

@@ -38,6 +38,22 @@ def batch_size(
         num_batches = math.ceil(num_batches * excess)
 
 
+def halved(lower: Callable[[int], jax.stages.Lowered], num_rows: int, *, mesh: Mesh) -> int:
+    """Rows on each device, `num_rows` if they fit; else halved until they do.
+
+    Other machines come to the same number, where a batch by memory would be one of many.
+
+    Args:
+      lower: The program for a number of rows on all devices.
+      num_rows: Rows on each device.
+      mesh: Where the program runs.
+    """
+    shards = mesh_lib.num_batch_shards(mesh)
+    while num_rows > 1 and _of_program(lower(num_rows * shards), mesh) > SHARE:
+        num_rows //= 2
+    return num_rows
+
+
 def share(num_bytes: int, *, beside: int, mesh: Mesh) -> float:
     """What bytes take of the memory of a device that others leave."""
     return num_bytes / max(1, of_device(mesh) - beside)

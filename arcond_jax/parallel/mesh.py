@@ -1,28 +1,16 @@
-"""The mesh, and the one table that says where every axis of every array lives.
-
-Mesh axes: `data` (whole copies), `fsdp` (parameters cut, batch cut), `tensor` (heads, MLP width
-and vocabulary cut). Arrays name their axes logically where they are made; RULES maps the names.
-"""
+"""The mesh of devices, and the places on it of trees of arrays."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import flax.linen.spmd as spmd
 import jax
 import numpy as np
+from flax.core import meta
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
-
-RULES = (
-    ("batch", ("data", "fsdp")),
-    ("embed", "fsdp"),
-    ("mlp", "tensor"),
-    ("heads", "tensor"),
-    ("vocab", "tensor"),
-    ("layers", None),
-)
+from arcond_jax.placement import AXES, BATCH, spec
 
 
 def make_mesh(
@@ -32,7 +20,13 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh over the devices; `data` None takes all that the other axes leave.
+    """A mesh over the devices, neighbours in it neighbours in their network.
+
+    Slices of TPUs, which a slower network connects, are cut by `data` alone.
+
+    Args:
+      data: None takes all that the other axes leave.
+      devices: None for all there are.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices, or one is below 1.
@@ -48,33 +42,41 @@ def make_mesh(
             f"mesh data {data} x fsdp {fsdp} x tensor {tensor} needs {data * fsdp * tensor} "
             f"devices, but there are {len(devices)}: change the mesh section of the config"
         )
-    grid = np.array(devices).reshape(data, fsdp, tensor)
+    grid = _grid(devices, data, fsdp, tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def fit_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Drops mesh axes that do not divide the array's: small arrays stay whole."""
-    kept = []
-    for size, names in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
-        group = (names,) if isinstance(names, str) else tuple(names or ())
-        count = int(np.prod([mesh.shape[name] for name in group]))
-        kept.append(names if size % count == 0 else None)
-    return PartitionSpec(*kept)
+def _grid(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(data, fsdp, tensor)
+    if data % slices:
+        raise ValueError(
+            f"mesh.data {data} is not divisible by the {slices} slices: fsdp {fsdp} x tensor "
+            f"{tensor} devices must lie in one of them"
+        )
+    inside = (data // slices, fsdp, tensor)
+    if slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
 
 
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Shardings for an abstract tree whose leaves may be boxed with logical axis names."""
-    specs = spmd.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
-    return jax.tree.map(
-        lambda leaf, spec: NamedSharding(mesh, fit_spec(spec, leaf.shape, mesh)),
-        nn.unbox(boxed),
-        specs,
-    )
+
+    def place(leaf: Any) -> NamedSharding:
+        if not isinstance(leaf, nn.Partitioned):
+            return replicated(mesh)
+        return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
+
+    return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """First axis over data and fsdp, everything else whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

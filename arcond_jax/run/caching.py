@@ -1,8 +1,10 @@
 """What the tokenizer of a config makes of images, encoded once into a cache to train from."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -23,7 +25,7 @@ from arcond_jax.tokenizers import law as law_lib
 
 DTYPES = ("float16", "float32")  # of moments and latents
 SHARD_IMAGES = 8192  # 256 MB of moments of two views in float16
-ENCODED = 128  # images at a time, where memory allows them
+BATCH_SIZE = 32  # images at a time on each device, where memory allows them: 8 GB at 256 pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +35,16 @@ class Options:
     Attributes:
       views: Those of the config by default.
       dtype: Of moments and latents, of `DTYPES`.
+      batch_size: Images at a time on each device, on which the last bits depend; by default what
+        `out` was begun with, else `BATCH_SIZE`.
+      stop_on_error: Whether an image that cannot be decoded ends it; it is left out otherwise.
       shard_images: Images of a shard.
     """
 
     views: views_lib.Views | None = None
     dtype: str = "float16"
+    batch_size: int | None = None
+    stop_on_error: bool = False
     shard_images: int = SHARD_IMAGES
 
 
@@ -51,24 +58,62 @@ class _Images:
 
 
 class _AllViews:
-    """All views of an image as one array, as `pipeline.Viewed`."""
+    """All views of an image as one array, as `pipeline.Viewed`.
+
+    Attributes:
+      failed: Name and reason of the images that cannot be decoded, by index, among those that were
+        read; zeros stand for their views.
+    """
 
     num_views = 1
 
-    def __init__(self, found: _Images, views: views_lib.Views, size: int):
+    def __init__(self, found: _Images, views: views_lib.Views, size: int, stop_on_error: bool):
         self._sources = [found.of_size(side) for side in views.sides(size)]
         self._views, self._size, first = views, size, self._sources[0]
         self.label_names = first.label_names
         shape = (len(views.names), size, size, first.image_shape[2])
         self.arrays: pipeline.Arrays = {"image": (shape, first.image_dtype)}
+        self.failed: dict[int, tuple[str, str]] = {}
+        self._stop_on_error = stop_on_error
 
     def __len__(self) -> int:
         return len(self._sources[0])
 
     def view(self, index: int, view: int) -> dict[str, np.ndarray]:
-        items = [source[index] for source in self._sources]
+        try:
+            items = [source[index] for source in self._sources]
+        except images_lib.UnreadableError as error:
+            if self._stop_on_error:
+                raise ValueError(
+                    f"{error}: repair it, or leave such images out by --on_error skip"
+                ) from None
+            self.failed[index] = error.name, error.why
+            shape, pixels = self.arrays["image"]
+            return {"image": np.zeros(shape, pixels), "label": np.asarray(-1, np.int32)}
         squares = [item["image"] for item in items]
         return {"image": self._views.cut(squares, self._size), "label": items[0]["label"]}
+
+
+class _Readable:
+    """A source of which an image that cannot be decoded gives way to the next one that can."""
+
+    def __init__(self, source: pipeline.Source):
+        self._source = source
+        self.num_classes, self.label_names = source.num_classes, source.label_names
+        self.image_shape, self.image_dtype = source.image_shape, source.image_dtype
+
+    @property
+    def label(self) -> np.ndarray:
+        return self._source.label
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        for other in (*range(index, len(self)), *range(index)):
+            with contextlib.suppress(images_lib.UnreadableError):
+                return self._source[other]
+        return self._source[index]  # says what is wrong with it
 
 
 def encode(
@@ -106,16 +151,33 @@ def encode(
     views = options.views or _views_of(config)
     _check_views(config, views)
     found = _images(config, sources)
-    source = _AllViews(found, views, config.data.image_size)
+    source = _AllViews(found, views, config.data.image_size, options.stop_on_error)
     _check_classes(config, source)
-    tokenizer = _tokenizer(config, found, out)
-    encoder = _Encoder(config, tokenizer, source, options)
+    tokenizer = _tokenizer(config, found, out, options)
+    begun = records.read_manifest(out).get("batch_size") if records.is_prepared(out) else None
+    wanted = options.batch_size or begun or BATCH_SIZE
+    wanted = min(wanted, len(source), options.shard_images)
+    encoder = _Encoder(config, tokenizer, source, options.dtype, wanted)
+    if encoder.batch_size < wanted:
+        held = f"memory holds {encoder.batch_size} images at a time on each device"
+        if begun is not None:
+            raise ValueError(
+                f"{out} was begun with batch_size {begun}, {held}: go on where there is more, or "
+                "write to another folder"
+            )
+        logging.warning(
+            "%s, not %d: give --batch_size %d to other machines, for the same bytes",
+            held,
+            wanted,
+            encoder.batch_size,
+        )
     kind = tokens.kind_of(config)
     shards = sharded.cut("train", range(0, len(source), options.shard_images), len(source))
     plan = {
         "kind": stored.KIND,
         "arrays": encoder.described(),
         "tokenizer": tokens.described(config, tokenizer),
+        "batch_size": encoder.batch_size,
         "image_size": config.data.image_size,
         "crop": "adm",
         "views": dataclasses.asdict(views) | {"names": views.names},
@@ -166,13 +228,18 @@ def estimate(
             "a config of latents"
         )
     found = _images(config, sources)
-    source = _AllViews(found, _views_of(config), config.data.image_size)
+    source = _AllViews(found, _views_of(config), config.data.image_size, stop_on_error=False)
     _check_classes(config, source)
-    options = Options(dtype="float32", shard_images=num_images)
-    encoder = _Encoder(config, _tokenizer(config, found, None), source, options)
+    tokenizer = _tokenizer(config, found, None, Options())
     sums, chosen = measuring.Sums(config), measuring.spread(len(source), num_images)
-    for row in _encoded(chosen, encoder, pipeline.pool(num_threads)):
-        sums.add(row)
+    encoder = _Encoder(config, tokenizer, source, "float32", min(BATCH_SIZE, len(chosen)))
+    for index, row in _encoded(chosen, encoder, pipeline.pool(num_threads)):
+        if index in source.failed:
+            logging.warning("%s %s", *source.failed[index])
+        else:
+            sums.add(row)
+    if len(source.failed) == len(chosen):
+        raise ValueError(f"{found.name}: no image of {len(chosen)} can be read")
     return law_lib.statistics(sums.done())
 
 
@@ -241,24 +308,36 @@ def _digest(split: pipeline.Source | listing.Listing, names: Sequence[str]) -> s
     return digest.hexdigest()
 
 
-def _tokenizer(config: build.Config, found: _Images, out: pathlib.Path | None) -> types.Tokenizer:
+def _tokenizer(
+    config: build.Config, found: _Images, out: pathlib.Path | None, options: Options
+) -> types.Tokenizer:
     """The tokenizer: from weights, or fitted to the images, once."""
     if not tokens.kind_of(config).fitted:
         return tokens.from_weights(config)
     if out is not None and (out / tokens.FITTED).is_dir():
         return tokens.fitted_in(out, config)
-    return build.tokenizer(config, found.of_size(config.data.image_size))
+    source = found.of_size(config.data.image_size)
+    if not options.stop_on_error:
+        source = _Readable(source)
+    return build.tokenizer(config, source)  # pyright: ignore[reportArgumentType]  # as of tfds
 
 
 class _Encoder:
-    """All views of a batch of images to arrays of the tokenizer, on the devices of this process."""
+    """All views of a batch of images to arrays of the tokenizer, on the devices of this process.
+
+    Attributes:
+      batch_size: Images on each device.
+      num_images: Images of a batch.
+      arrays: Shapes and types of what comes of it.
+    """
 
     def __init__(
         self,
         config: build.Config,
         tokenizer: types.Tokenizer,
         source: _AllViews,
-        options: Options,
+        dtype: str,
+        batch_size: int,
     ) -> None:
         self._mesh = mesh_lib.make_mesh(devices=jax.local_devices())
         self._tokenizer = jax.device_put(tokenizer, mesh_lib.replicated(self._mesh))
@@ -272,7 +351,7 @@ class _Encoder:
             )
             kept = {x.name: getattr(of_view, x.name) for x in dataclasses.fields(of_view)}
             return {
-                name: x.swapaxes(0, 1).astype(types_of.get(name, options.dtype))
+                name: x.swapaxes(0, 1).astype(types_of.get(name, dtype))
                 for name, x in kept.items()
                 if x is not None
             }
@@ -285,10 +364,9 @@ class _Encoder:
             image = jax.ShapeDtypeStruct((size, *shape), pixels, sharding=place)
             return self._run.lower(self._tokenizer, image)
 
-        self.batch_size = memory.batch_size(
-            lower, min(len(source), options.shard_images), at_most=ENCODED, mesh=self._mesh
-        )
-        self.arrays = lower(self.batch_size).out_info
+        self.batch_size = memory.halved(lower, batch_size, mesh=self._mesh)
+        self.num_images = self.batch_size * mesh_lib.num_batch_shards(self._mesh)
+        self.arrays = lower(self.num_images).out_info
 
     def described(self) -> dict[str, Any]:
         """Shape of one view and type, of each array."""
@@ -311,30 +389,38 @@ def _write(
     progress: sharded.Progress,
     sums: measuring.Sums | None,
 ) -> None:
-    """Writes a shard, and then what is known of it, its sums included where they are wanted."""
+    """Writes a shard of the images that can be read, and then what is known of it.
+
+    Its sums are kept where they are wanted.
+    """
     label: list[int] = []
+    failed: list[tuple[str, str]] = []
 
     def packed() -> Iterator[bytes]:
-        for row in _encoded(np.arange(shard.start, shard.stop), encoder, readers):
+        for index, row in _encoded(np.arange(shard.start, shard.stop), encoder, readers):
             progress.add()
+            if index in encoder.source.failed:
+                failed.append(encoder.source.failed[index])
+                logging.warning("%s %s", *failed[-1])
+                continue
             label.append(int(row.pop("label")))
             if sums is not None:
                 sums.add(row)
             yield stored.pack(label[-1], row)
 
     records.write_shard(out / shard.file, packed())
-    sharded.keep(out, shard, label, arrays=None if sums is None else vars(sums.done()))
+    sharded.keep(out, shard, label, failed, None if sums is None else vars(sums.done()))
     progress.say(shard)
 
 
 def _encoded(
     chosen: np.ndarray, encoder: _Encoder, readers: futures.Executor | None
-) -> Iterator[dict[str, np.ndarray]]:
-    """The rows of some images; a batch is read while the device is at the one before.
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The rows of images and their indices; a batch is read while the device is at the one before.
 
     Batches begin with a shard, so that its bytes do not depend on what was encoded before it.
     """
-    running, size = collections.deque(), encoder.batch_size
+    running, size = collections.deque(), encoder.num_images
     for start in range(0, len(chosen), size):
         indices = chosen[start : start + size]
         loaded = pipeline.load(encoder.source, np.resize(indices, size), readers)
@@ -346,7 +432,7 @@ def _encoded(
 
 def _rows(
     indices: np.ndarray, arrays: dict[str, jax.Array], label: np.ndarray
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     found = {name: np.asarray(x) for name, x in arrays.items()}
     for row, index in enumerate(indices):
         item = {name: x[row] for name, x in found.items()}
@@ -356,4 +442,4 @@ def _rows(
                     f"image {index} has {name} that {x.dtype} does not hold: look at the "
                     "tokenizer, or take --dtype float32"
                 )
-        yield item | {"label": label[row]}
+        yield int(index), item | {"label": label[row]}

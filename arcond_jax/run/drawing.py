@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from arcond_jax import build, types
 from arcond_jax.parallel import compiled, memory
@@ -168,6 +168,24 @@ class Drawer:
             part = rows(prompt, start, batch_size)  # of one size, so that the loop compiles once
             image_uint8, drawn = self(refiner, part, seed=seed, first_row=start, known=known)
             yield image_uint8[: num_rows - start], drawn
+
+    @property
+    def program(self) -> compiled.Compiled:
+        """The loop, `(params, tokenizer, refiner, rng, prompt, first_row, known) -> Sampled`."""
+        return self._sample
+
+    def image(
+        self,
+        params: types.Params,
+        tokenizer: types.Tokenizer,
+        refiner: types.Refiner,
+        rng: Key[Array, ""],
+        prompt: types.Prompt,
+        first_row: Int[Array, ""],
+    ) -> UInt8[Array, "n height width channels"]:
+        """Prompts to images as one function of all it reads, not compiled."""
+        drawn = self._tokens(params, tokenizer, refiner, rng, prompt, first_row, None)
+        return to_uint8(tokenizer.decode(drawn.tokens))
 
     def traced(self, prompt: types.Prompt) -> jax.stages.Traced:
         """The loop for these prompts, without refinement, as JAX writes it; nothing is compiled."""

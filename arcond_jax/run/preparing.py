@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from arcond_jax import atomic
 from arcond_jax.data import finding, images, listing, records
 from arcond_jax.run import sharded
 
 SHARD_BYTES = 512 * 2**20
-FAILED = "failed.txt"
 AHEAD = 4  # images in work for each thread
 
 
@@ -80,7 +78,8 @@ def prepare(
         for shard in missing:
             checked = _checked_in_order(pool, num_threads, splits, shard, options.resize)
             _write(out, shard, splits[shard.split], checked, options, progress)
-    return _finish(out, shards, plan)
+    known = sharded.all_known(out, shards)
+    return plan if known is None else sharded.finish(out, plan, shards, known)
 
 
 def _splits(sources: Sequence[pathlib.Path], options: Options) -> dict[str, listing.Listing]:
@@ -164,12 +163,12 @@ def _write(
     records.write_shard(out / shard.file, good())
     if failed and options.stop_on_error:
         (out / shard.file).unlink()
-        _write_failed(out, failed)
+        sharded.write_failed(out, failed)
         raise ValueError(
-            f"{failed[0][0]} {failed[0][1]}; {out / FAILED} lists all {len(failed)} of this shard: "
-            "repair them, or leave them out by --on_error skip"
+            f"{failed[0][0]} {failed[0][1]}; {out / sharded.FAILED} lists all {len(failed)} of "
+            "this shard: repair them, or leave them out by --on_error skip"
         )
-    sharded.keep(out, shard, label, failed=failed)
+    sharded.keep(out, shard, label, failed)
     progress.say(shard)
 
 
@@ -204,32 +203,7 @@ def _checked(split: listing.Listing, row: int, resize: int | None) -> bytes | st
             content, "WEBP", lossless=True
         )
         return content.getvalue()
+    except images.UnreadableError as error:
+        return error.why
     except (ValueError, OSError) as error:
-        return " ".join(str(error).removeprefix(f"{name} ").removeprefix(f"{name}: ").split())
-
-
-def _finish(out: pathlib.Path, shards: list[sharded.Shard], plan: dict[str, Any]) -> dict[str, Any]:
-    """The complete manifest, written; or the plan, if shards are missing."""
-    known = sharded.all_known(out, shards)
-    if known is None:
-        return plan
-    failed = [pair for x in known for pair in x["failed"]]
-    _write_failed(out, failed)
-    trained = {
-        i for s, x in zip(shards, known, strict=True) if s.split == "train" for i in x["label"]
-    }
-    for label, name in enumerate(plan["class_names"]):
-        if trained and label not in trained:
-            raise ValueError(
-                f"no image of the class {name!r} can be read (see {out / FAILED}): repair them, or "
-                "remove the class"
-            )
-    return sharded.finish(out, plan, shards, known, failed=len(failed))
-
-
-def _write_failed(out: pathlib.Path, failed: list[list[str]]) -> None:
-    """Lists the images that cannot be read, one a line."""
-    if failed:
-        atomic.write_text(out / FAILED, "".join(f"{name}\t{why}\n" for name, why in failed))
-    else:
-        (out / FAILED).unlink(missing_ok=True)
+        return " ".join(str(error).split())

@@ -192,20 +192,35 @@ def load_refiner(trained: Trained, workdir: epath.PathLike, config: build.Config
                 f"the refiner in {workdir} was calibrated with {name}={saved[name]}, not "
                 f"{value}: the conditions depend on it, so run `arcond calibrate` again"
             )
-    bank = jax.eval_shape(lambda: build.empty_bank(config))
-    trained = dataclasses.replace(trained, config=config)
-    calibrator, label = _calibrator(trained, bank)
-
-    def fitted(bank):
-        filled = dataclasses.replace(calibrator, bank=bank)
-        return filled.finish(filled.init(jnp.asarray(label)))
-
-    shapes = jax.eval_shape(fitted, bank)
+    shapes = abstract_refiner(dataclasses.replace(trained, config=config))
     whole = mesh_lib.replicated(trained.mesh)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
     )
     return checkpoint.load_tree(str(directory), abstract)
+
+
+def abstract_calibrator(trained: Trained) -> tuple[refiners.Calibrator, Int[np.ndarray, " n"]]:
+    """The calibrator of the config with the shapes of a bank, and the labels of its rollout."""
+    bank = jax.eval_shape(lambda: build.empty_bank(trained.config))
+    return _calibrator(trained, bank)
+
+
+def abstract_refiner(trained: Trained) -> Any:
+    """Shapes of the refiner that the config asks for."""
+    config = trained.config
+    kind = transport_lib.kind_of(config)
+    bank = jax.eval_shape(lambda: build.empty_bank(config))
+    if kind.unfitted is not None:
+        unfitted = kind.unfitted
+        return jax.eval_shape(lambda bank: unfitted(bank, transport_lib.options(config)), bank)
+    calibrator, label = abstract_calibrator(trained)
+
+    def fitted(bank: Any) -> types.Refiner:
+        filled = dataclasses.replace(calibrator, bank=bank)
+        return filled.finish(filled.init(jnp.asarray(label)))
+
+    return jax.eval_shape(fitted, bank)
 
 
 def _refiner_settings(trained: Trained, config: build.Config) -> dict[str, Any]:

@@ -63,7 +63,11 @@ class Trained:
 
 
 def restore(
-    workdir: epath.PathLike, *, config: build.Config | None = None, step: int | None = None
+    workdir: epath.PathLike,
+    *,
+    config: build.Config | None = None,
+    step: int | None = None,
+    suited: bool = True,
 ) -> Trained:
     """Opens the checkpoint of a run, or converted weights.
 
@@ -71,6 +75,8 @@ def restore(
       config: None for the one it was trained with; otherwise only the sections `sampling`,
         `transport`, `mesh` and what says where things are may differ from that.
       step: None for the latest.
+      suited: Whether converted weights are computed with as suits this machine, `for_platform`, or
+        as their config says.
 
     Raises:
       checkpoint.CheckpointError: Nothing there, damaged, not finite, or of another model.
@@ -83,7 +89,7 @@ def restore(
         check_same_run(config, saved, workdir)
         mesh = build.mesh(config)
         params = params_of(workdir, config, mesh)
-        config = for_platform(config, params, mesh)
+        config = for_platform(config, params, mesh) if suited else config
         tokenizer = jax.device_put(build.tokenizer(config), mesh_lib.replicated(mesh))
         bank = load_bank(workdir, config, mesh, step=0)
         return Trained(config, mesh, tokenizer, params, bank, 0, saved_lib.class_names(saved))

@@ -21,6 +21,7 @@ from arcond_jax import atomic
 from arcond_jax.data import records
 
 PROGRESS = "progress"  # folder of what is known of each shard that is written
+FAILED = "failed.txt"  # names and reasons of the images that were left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +117,12 @@ def keep(
     out: pathlib.Path,
     shard: Shard,
     label: list[int],
-    *,
+    failed: Sequence[Sequence[str]] = (),
     arrays: Mapping[str, Any] | None = None,
-    **known: Any,
 ) -> None:
-    """Notes that a shard is written: its labels, arrays made of it, and what else is known."""
+    """Notes that a shard is written: its labels, what was left out of it, and arrays made of it."""
     size = (out / shard.file).stat().st_size
-    known = {"records": len(label), "bytes": size, "label": label, **known}
+    known = {"records": len(label), "bytes": size, "label": label, "failed": failed}
     if arrays is not None:
         with atomic.file(_beside(out, shard)) as opened:
             np.savez(opened, **arrays)
@@ -134,6 +134,14 @@ def arrays_of(out: pathlib.Path, shard: Shard) -> dict[str, np.ndarray]:
     """The arrays that `keep` was given of a finished shard."""
     with np.load(_beside(out, shard)) as held:
         return dict(held)
+
+
+def write_failed(out: pathlib.Path, failed: Sequence[Sequence[str]]) -> None:
+    """Lists the images that cannot be read, name and reason, one a line."""
+    if failed:
+        atomic.write_text(out / FAILED, "".join(f"{name}\t{why}\n" for name, why in failed))
+    else:
+        (out / FAILED).unlink(missing_ok=True)
 
 
 def all_known(out: pathlib.Path, shards: Sequence[Shard]) -> list[dict[str, Any]] | None:
@@ -149,8 +157,16 @@ def finish(
     known: list[dict[str, Any]],
     **more: Any,
 ) -> dict[str, Any]:
-    """Writes the labels and the complete manifest, with `more` in it; returns the manifest."""
-    splits = {}
+    """Writes the labels, the list of what was left out and the complete manifest; returns it.
+
+    Args:
+      more: Of the manifest.
+
+    Raises:
+      ValueError: Every image of a class to train on was left out.
+    """
+    splits, failed = {}, [pair for x in known for pair in x["failed"]]
+    write_failed(out, failed)
     for name in dict.fromkeys(shard.split for shard in shards):
         of_split = [(s.file, x) for s, x in zip(shards, known, strict=True) if s.split == name]
         label = np.asarray([i for _, x in of_split for i in x["label"]], np.int32)
@@ -162,7 +178,13 @@ def finish(
                 {"file": file, "records": x["records"], "bytes": x["bytes"]} for file, x in of_split
             ],
         }
-    manifest = plan | {"complete": True, **more, "splits": splits}
+        counts = splits[name]["counts"]
+        if failed and name == "train" and not all(counts):
+            raise ValueError(
+                f"no image of the class {plan['class_names'][counts.index(0)]!r} can be read (see "
+                f"{out / FAILED}): repair them, or remove the class"
+            )
+    manifest = plan | {"complete": True, "failed": len(failed), **more, "splits": splits}
     records.write_manifest(out, manifest)
     return manifest
 

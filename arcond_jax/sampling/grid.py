@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 from arcond_jax import types
 from arcond_jax.diffusion import solvers
 from arcond_jax.models import dit
+from arcond_jax.nn import layout
 from arcond_jax.sampling import guidance as guidance_lib
 from arcond_jax.sampling import sampled
 
@@ -49,8 +50,9 @@ class GridSampler:
         Neither `refiner` nor `code_law` is called: there is one static condition and no code.
         """
         shape = (self.solver.num_evaluations + 1, self.network.length, self.network.channels)
-        rngs = sampled.row_rngs(rng, len(prompt), first_row)
+        rngs = sampled.row_rngs(rng, prompt.shape[0], first_row)
         noise = jax.vmap(lambda rng: jax.random.normal(rng, shape), out_axes=1)(rngs)
+        params = layout.rounded(params, self.network.dtype)
         guidance, prompts = self.guidance, self.guidance.prompts(self.network, prompt)
 
         def denoise(x: Float[Array, "b l c"], t: Int[Array, ""]) -> Float[Array, "b l two_c"]:

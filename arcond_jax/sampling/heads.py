@@ -130,7 +130,7 @@ class Codes:
         token = dataclasses.replace(
             token,
             codes=jnp.pad(self.noised(place, window), ((0, 0), (0, missing), (0, 0)))[:, None],
-            seen=jnp.broadcast_to(seen, (len(window), 1, network.window)),
+            seen=jnp.broadcast_to(seen, (window.shape[0], 1, network.window)),
         )
         return token, {"codes": factors_lib.join(window, network.factor_sizes)}
 
@@ -161,7 +161,7 @@ class Codes:
         self, place: Place, rows: Float[Array, "rows *n d"], rngs: Key[Array, " b"]
     ) -> tuple[Int[Array, "b *n factors"], list[Float[Array, "b *n v"]]]:
         """A code from each row, each factor given those before it; and the logits drawn from."""
-        num_rows, laws = len(rngs), []
+        num_rows, laws = rngs.shape[0], []
         factors = jnp.zeros((num_rows, *rows.shape[1:-1], 0), jnp.int32)
         for i in range(len(place.network.factor_sizes)):
             logits = place.apply(rows, place.guidance.both(factors), method="factor_logits")

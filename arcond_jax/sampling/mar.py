@@ -109,7 +109,7 @@ class MARSampler:
             raise ValueError(
                 f"num_known is {self.num_known}: pass `known` if and only if it is not 0"
             )
-        rngs = jax.vmap(jax.random.split)(sampled.row_rngs(rng, len(prompt), first_row))
+        rngs = jax.vmap(jax.random.split)(sampled.row_rngs(rng, prompt.shape[0], first_row))
         length, channels = self.network.length, self.network.channels
         rank = jax.vmap(lambda rng: jax.random.uniform(rng, (length,)))(rngs[:, 0])
         if known is not None:
@@ -149,8 +149,9 @@ class MARSampler:
         starts = step_starts(self.network.length, self.num_ar_steps, num_known=self.num_known)
         # For guidance the official code counts the last step as if it left one token.
         stops = np.minimum(ends, self.network.length - 1)
-        num_rows = len(self.guidance.both(label))
+        num_rows = self.guidance.both(label).shape[0]
 
+        params = layout.rounded(params, self.network.dtype)
         carry, traces = (latents, refiner.init(label)), []
         for bucket in self.buckets():
             steps = np.arange(bucket.start, bucket.stop)

@@ -11,7 +11,7 @@ from typing import Any, no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from arcond_jax import types
 from arcond_jax.nn import layout
@@ -29,6 +29,7 @@ class Raster:
       heads: What draws the token, in this order.
       guidance: Classifier-free guidance.
       trace: Also return the conditions before and after refinement.
+      dtype: What the network computes in.
 
     Raises:
       ValueError: A head has nothing to draw from.
@@ -38,6 +39,7 @@ class Raster:
     heads: tuple[heads_lib.Head, ...]
     guidance: guidance_lib.Guidance = dataclasses.field(default_factory=guidance_lib.Guidance)
     trace: bool = False
+    dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
         for head in self.heads:
@@ -65,7 +67,7 @@ class Raster:
           codebook: Vectors of the codes, needed for noise on drafts that goes through them.
         """
         label = types.group_of(prompt)
-        rngs_of_rows = sampled.row_rngs(rng, len(label), first_row)
+        rngs_of_rows = sampled.row_rngs(rng, label.shape[0], first_row)
         prompts = self.guidance.prompts(self.network, prompt)
         weights = self.laid_out(params, types.num_rows(prompts))
         x, cache = self.start(params, prompts)
@@ -114,7 +116,7 @@ class Raster:
 
     def laid_out(self, params: types.Params, num_rows: int) -> types.Params:
         """The parameters as the loop reads them fastest; inside it `layout.together` undoes it."""
-        weights = layout.for_rows(params, num_rows)
+        weights = layout.for_rows(layout.rounded(params, self.dtype), num_rows)
         return layout.apart(weights) if self.network.unrolled else weights
 
     def start(

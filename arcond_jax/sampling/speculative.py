@@ -170,7 +170,7 @@ class Speculative:
             prompts=prompts,
             label=label,
             refiner=refiner,
-            row_rngs=sampled.row_rngs(rng, len(label), first_row),
+            row_rngs=sampled.row_rngs(rng, label.shape[0], first_row),
             prefix=cache.index + 1,
         )
         carry = jax.lax.while_loop(
@@ -188,7 +188,7 @@ class Speculative:
 
     def _first(self, run: Run, x: Float[Array, "rows 1 d"], cache: attention.Cache) -> Carry:
         """After the end of the prompt: one code, in one call, and the first drafts."""
-        position = jnp.zeros(len(run.label), jnp.int32)
+        position = jnp.zeros(run.label.shape, jnp.int32)
         place = self._place(run, position[:, None])
         cond, cache = self._advance(run, place, x, cache)
         rows = place.apply(cond, self._at(place, place.ahead(1)), method="rows")[..., 0, :]
@@ -201,8 +201,8 @@ class Speculative:
             cache=self._taken_back(run, cache, position + 1),
             drafts=drafts,
             laws=laws,
-            emitted=jnp.zeros((len(code), 1 + self.num_drafts), jnp.int32).at[:, 0].set(1),
-            variation=(jnp.zeros(len(code)), jnp.zeros(len(code), jnp.int32)),
+            emitted=jnp.zeros((code.shape[0], 1 + self.num_drafts), jnp.int32).at[:, 0].set(1),
+            variation=(jnp.zeros(code.shape[0]), jnp.zeros(code.shape[0], jnp.int32)),
         )
 
     def _call(self, run: Run, carry: Carry) -> Carry:
@@ -339,7 +339,7 @@ class Speculative:
         row = _pick(rows, place.guidance.both(stop))[:, None]
         draft = _pick(jnp.pad(carry.drafts, ((0, 0), (0, 1), (0, 0))), stop)
         rngs = run.rngs(carry.position, DRAW)
-        factors = jnp.zeros((len(stop), 0), jnp.int32)
+        factors = jnp.zeros((stop.shape[0], 0), jnp.int32)
         for i in range(len(laws)):
             law = _pick(laws[i], stop)
             if i:  # factors before it may be others than those of the draft
@@ -405,6 +405,6 @@ def _first_refused(
 ) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
     """The first draft that is refused, and its factor; behind the last draft, factor 0, if none."""
     _, _, num_factors = accepted.shape
-    flat = accepted.reshape(len(accepted), -1)
+    flat = accepted.reshape(accepted.shape[0], -1)
     passed = jnp.sum(jnp.cumprod(flat, axis=-1), axis=-1)
     return passed // num_factors, passed % num_factors

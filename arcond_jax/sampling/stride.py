@@ -73,7 +73,7 @@ class StrideSampler:
         """
         base, network, stride = self.base, self.network, self.stride
         label = types.group_of(prompt)
-        row_rngs = sampled.row_rngs(rng, len(label), first_row)
+        row_rngs = sampled.row_rngs(rng, label.shape[0], first_row)
         prompts = base.guidance.prompts(network, prompt)
         weights = base.laid_out(params, types.num_rows(prompts) * stride)
 
@@ -110,7 +110,7 @@ class StrideSampler:
         positions = jnp.arange(stride, network.length, stride)
         (last, _, state), emitted = jax.lax.scan(body, start, positions)
         emitted = jnp.concatenate([jnp.moveaxis(emitted, 0, 1), last[:, None, :stride]], axis=1)
-        codes = factors_lib.join(emitted, network.factor_sizes).reshape(len(label), -1)
+        codes = factors_lib.join(emitted, network.factor_sizes).reshape(label.shape[0], -1)
         return sampled.Sampled(types.Tokens(codes=codes[:, : network.length]), refiner_state=state)
 
     def _fed(self, window: Int[Array, "b w factors"], place: heads.Place) -> types.Token:

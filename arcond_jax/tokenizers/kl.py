@@ -198,7 +198,8 @@ def paste(
     tokens: Float[Array, "b l channels"], grid: tuple[int, int], patch_size: int
 ) -> Float[Array, "b rows columns c"]:
     """Undoes `cut`; `grid` counts tokens."""
-    rows, columns = grid
-    p = patch_size
-    squares = tokens.reshape(-1, rows, columns, tokens.shape[-1] // p**2, p, p)
-    return squares.transpose(0, 1, 4, 2, 5, 3).reshape(len(tokens), rows * p, columns * p, -1)
+    (rows, columns), p = grid, patch_size
+    b, _, channels = tokens.shape
+    c = channels // p**2
+    squares = tokens.reshape(b, rows, columns, c, p, p)
+    return squares.transpose(0, 1, 4, 2, 5, 3).reshape(b, rows * p, columns * p, c)

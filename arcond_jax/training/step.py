@@ -5,11 +5,12 @@ What is random in it follows from the run's key and the number of the update.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from arcond_jax import types
 from arcond_jax.training import state as state_lib
@@ -37,17 +38,15 @@ def train_step(
       ema_decay: Of the average of parameters, in [0, 1).
       num_accumulations: Pieces the batch is cut into, one backward pass each; divides the batch.
     """
-    rng, batch_rng = rngs_of(state, state.step)
-    tokens = tokens_of(tokenizer, batch, batch_rng)
-    metrics, grads = gradient(
-        generator,
-        state.params,
-        tokens,
-        batch.prompt,
-        rng,
-        step=state.step,
-        num_accumulations=num_accumulations,
-    )
+
+    def loss(
+        params: types.Params, batch: types.Batch, rng: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], types.Metrics]:
+        tokens = tokens_of(tokenizer, batch, rng_of_tokens(rng))
+        return generator.loss(params, tokens, batch.prompt, rng, step=state.step)
+
+    rng = rng_of(state, state.step)
+    metrics, grads = gradient(loss, state.params, batch, rng, num_accumulations=num_accumulations)
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -77,12 +76,14 @@ def train_step(
     }
 
 
-def rngs_of(
-    state: state_lib.TrainState, step: Int[Array, ""]
-) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """Of an update: what its loss draws from, and what its tokens do."""
-    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
-    return rng, jax.random.fold_in(rng, jnp.iinfo(jnp.int32).max)  # far from those of pieces
+def rng_of(state: state_lib.TrainState, step: Int[Array, ""]) -> Key[Array, ""]:
+    """What an update draws from; a piece of its batch folds its number in."""
+    return jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
+
+
+def rng_of_tokens(rng: Key[Array, ""]) -> Key[Array, ""]:
+    """What the tokens of a batch or piece are drawn from, where its loss draws from `rng`."""
+    return jax.random.fold_in(rng, jnp.iinfo(jnp.int32).max)  # far from the numbers of pieces
 
 
 def measures(
@@ -101,48 +102,46 @@ def measures(
       num_accumulations: As in `train_step`; of its pieces, the first is measured.
     """
     step = state.step - 1
-    rng, batch_rng = rngs_of(state, step)
-    tokens = tokens_of(tokenizer, batch, batch_rng)
+    rng = rng_of(state, step)
     if num_accumulations > 1:
         rng = jax.random.fold_in(rng, 0)
-    tokens, prompt = jax.tree.map(lambda x: x[::num_accumulations], (tokens, batch.prompt))
-    return metrics(state.params, tokens, prompt, rng, step=step)
+    batch = jax.tree.map(lambda x: x[::num_accumulations], batch)
+    tokens = tokens_of(tokenizer, batch, rng_of_tokens(rng))
+    return metrics(state.params, tokens, batch.prompt, rng, step=step)
 
 
 def gradient(
-    generator: types.Generator,
+    loss: Callable[
+        [types.Params, types.Batch, Key[Array, ""]], tuple[Float[Array, ""], types.Metrics]
+    ],
     params: types.Params,
-    tokens: types.Tokens,
-    prompt: types.Prompt,
+    batch: types.Batch,
     rng: Key[Array, ""],
     *,
-    step: Int[Array, ""],
     num_accumulations: int,
 ) -> tuple[types.Metrics, types.Params]:
     """Metrics and gradient of a batch, taken piece by piece."""
 
-    def of_piece(tokens, prompt, rng):
-        (_, metrics), grads = jax.value_and_grad(generator.loss, has_aux=True)(
-            params, tokens, prompt, rng, step=step
-        )
+    def of_piece(batch: types.Batch, rng: Key[Array, ""]) -> tuple[types.Metrics, types.Params]:
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, rng)
         return metrics, grads
 
     if num_accumulations == 1:
-        return of_piece(tokens, prompt, rng)
+        return of_piece(batch, rng)
 
     # Piece i takes every n-th row, so that each piece lies on all devices.
     def pieces(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(-1, num_accumulations, *x.shape[1:]), 1, 0)
 
-    def body(total, piece):
-        i, tokens, prompt = piece
-        new = of_piece(tokens, prompt, jax.random.fold_in(rng, i))
+    def body(total: Any, piece: tuple[Int[Array, ""], types.Batch]) -> tuple[Any, None]:
+        i, batch = piece
+        new = of_piece(batch, jax.random.fold_in(rng, i))
         return jax.tree.map(jnp.add, total, new), None
 
-    tokens, prompt = jax.tree.map(pieces, (tokens, prompt))
-    first = jax.tree.map(lambda x: x[0], (tokens, prompt))
+    batches = jax.tree.map(pieces, batch)
+    first = jax.tree.map(lambda x: x[0], batches)
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_piece, *first, rng)
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_piece, first, rng)
     )
-    total, _ = jax.lax.scan(body, zeros, (jnp.arange(num_accumulations), tokens, prompt))
+    total, _ = jax.lax.scan(body, zeros, (jnp.arange(num_accumulations), batches))
     return jax.tree.map(lambda x: x / num_accumulations, total)

@@ -14,6 +14,7 @@ from typing import Any, no_type_check
 
 import flax.struct
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -32,8 +33,8 @@ class Blocks:
 def make(group: Int[Array, " b"], num_groups: int) -> Blocks:
     """Lays the rows of each group into its own blocks; `group` in [0, num_groups)."""
     num_rows = group.shape[0]
-    size = min(MAX_ROWS, -(-num_rows // num_groups))
-    num_filled = min(num_rows, num_groups)
+    size = jax.core.min_dim(MAX_ROWS, -(-num_rows // num_groups))  # of symbolic sizes as well
+    num_filled = jax.core.min_dim(num_rows, num_groups)
     num_blocks = num_filled + (num_rows - num_filled) // size
     order = jnp.argsort(group, stable=True)
     counts = jnp.bincount(group, length=num_groups)

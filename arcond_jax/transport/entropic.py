@@ -196,7 +196,7 @@ class PerGroup:
 
         None where there is one group, or one row.
         """
-        return None if 1 in (num_groups, len(group)) else blocks_lib.make(group, num_groups)
+        return None if 1 in (num_groups, group.shape[0]) else blocks_lib.make(group, num_groups)
 
     def refine(
         self,

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcond_jax.analysis import operations, windows
+from arcond_jax.analysis import windows
+from arcond_jax.parallel import operations
 
 LENGTH, WINDOW, NUM_CODES = 5, 3, 8
 FINAL = np.random.default_rng(0).integers(0, NUM_CODES, (6, LENGTH + WINDOW))

@@ -20,6 +20,7 @@ from arcond_jax.build import data as data_lib
 from arcond_jax.cli import main as cli
 from arcond_jax.data import folder, images, pipeline, records, stored
 from arcond_jax.data import views as views_lib
+from arcond_jax.parallel import memory
 from arcond_jax.run import caching
 from arcond_jax.tokenizers import kl, law
 
@@ -154,6 +155,34 @@ def test_a_batch_of_the_cache_has_the_tokens_of_its_images(
         else:
             np.testing.assert_array_equal(ours.codes, expected.codes)
             assert not found
+
+
+TINY_MAR = (
+    *("training.learning_rate=1e-2", "training.num_warmup_steps=1", "training.decay=constant"),
+    *(f"model.{x}" for x in ("encoder_depth=1", "encoder_width=16", "encoder_num_heads=2")),
+    *(f"model.{x}" for x in ("decoder_depth=2", "decoder_width=16", "decoder_num_heads=2")),
+    *("diffusion_head.depth=1", "diffusion_head.width=16", "loss.num_copies=1"),
+)
+
+
+@pytest.mark.slow
+def test_losses_from_moments_are_those_with_the_encoder_in_the_step(unpacked, weights, tmp_path):
+    """Over updates: views, draws of latents, masks and noise are the same."""
+    config = config_of("kl", weights("kl"), f"data.directory={unpacked}", *TINY_MAR)
+    mesh, tokenizer, losses = build.mesh(config), build.tokenizer(config), []
+    for dtype in ("", *caching.DTYPES):
+        out, tried = tmp_path / dtype, config
+        if dtype:
+            caching.encode(config, [unpacked], out, caching.Options(dtype=dtype))
+            tried = reading(config, out)
+        step_fn, state = build.train_step(tried, mesh, tokenizer), build.train_state(tried, mesh)
+        losses.append([])
+        for batch in batches(tried, count=6):
+            state, metrics = step_fn(state, tokenizer, batch)
+            losses[-1].append(float(metrics["loss"]))
+    of_images, of_float16, of_float32 = losses
+    np.testing.assert_allclose(of_float32, of_images, rtol=1e-6)
+    np.testing.assert_allclose(of_float16, of_images, rtol=1e-3)
 
 
 def test_the_pair_of_patches_is_kept_with_its_tokenizer(unpacked, tmp_path):
@@ -305,6 +334,57 @@ def test_stopped_and_divided_among_processes_it_is_the_same(
     assert caching.encode(*arguments)[0]["complete"] and contents(out) == contents(codes)
 
 
+def test_damaged_images_are_listed_and_left_out(weights, codes, tmp_path):
+    source, out = photographs.write_folder(tmp_path / "source"), tmp_path / "out"
+    folder = source / "train" / photographs.CLASSES[1]
+    (folder / "bad.jpg").write_bytes(photographs.jpeg(7)[:300])
+    config, options = config_of("vq", weights("vq")), caching.Options(FLIP, shard_images=3)
+    manifest, _ = caching.encode(config, [source], out, options)
+    assert manifest["failed"] == 1
+    for index in range(2):
+        processes = dict(process_index=index, process_count=2)
+        caching.encode(config, [source], tmp_path / "two", options, **processes)
+    assert contents(tmp_path / "two") == contents(out)
+    (name, why), _ = (x.split("\t") for x in f"{(out / 'failed.txt').read_text()}\t".split("\n"))
+    assert name.endswith("bad.jpg") and why.startswith("cannot be read as an image")
+    ours, whole = stored.Stored(out), stored.Stored(codes)
+    np.testing.assert_array_equal(ours.label, whole.label)
+    for i in range(len(whole)):
+        np.testing.assert_array_equal(ours.view(i, 1)["codes"], whole.view(i, 1)["codes"])
+
+
+def test_patches_are_fitted_without_the_damaged_images(tmp_path):
+    source = photographs.write_folder(tmp_path / "source")
+    small = ("tokenizer.num_codes=8", "data.image_size=16", "data.batch_size=4")
+    config = build.load_config(f"own_images:{source}", small)
+    for path in (source / "train" / photographs.CLASSES[0]).iterdir():
+        path.write_bytes(b"\xff\xd8")
+    with pytest.raises(ValueError, match=rf"of the class '{photographs.CLASSES[0]}' can be read"):
+        caching.encode(config, [source], tmp_path / "out")
+    assert len((tmp_path / "out" / "failed.txt").read_text().splitlines()) == 4
+
+
+def test_another_machine_goes_on_with_the_same_batches_or_not_at_all(
+    unpacked, weights, codes, tmp_path, monkeypatch, caplog
+):
+    def encode(out, memory_bytes):
+        monkeypatch.setattr(memory, "of_device", lambda mesh: memory_bytes)
+        options = caching.Options(FLIP, shard_images=3)
+        return caching.encode(config_of("vq", weights("vq")), [unpacked], out, options)[0]
+
+    out, whole = tmp_path / "out", contents(codes)
+    assert json.loads(whole["manifest.json"])["batch_size"] == 3
+    assert encode(out, memory_bytes=1)["batch_size"] == 1
+    assert "memory holds 1 images at a time on each device, not 3: give --b" in caplog.text
+    small = contents(out)
+    sorted(out.glob("train-*"))[1].unlink()
+    encode(out, memory_bytes=2**30)
+    assert contents(out) == small
+    with pytest.raises(ValueError, match=r"begun with batch_size 3, memory holds 1 images .*: go"):
+        encode(codes, memory_bytes=1)
+    assert contents(codes) == whole
+
+
 @pytest.mark.slow
 def test_many_devices_encode_what_one_does(
     unpacked, weights, codes, tmp_path, one_device, monkeypatch
@@ -407,7 +487,10 @@ def test_what_cannot_be_encoded_costs_one_line(unpacked, weights, codes, tmp_pat
     ):
         assert message in encode(unpacked, *flags)
     assert not out.exists()
-    assert "bad.jpg cannot be read as an image" in encode(bad)
+    message = encode(bad, "--on_error", "stop")
+    assert "bad.jpg cannot be read as an image" in message and "or leave such images" in message
+    message = refused(capsys, "prepare", "--source", codes, "--out", out)
+    assert f"{codes} is a cache: train on it by data.name=cache and data.directory=" in message
     assert "was begun with another views" in encode(unpacked, "--views", "ten", to=codes)
     assert "is inside of the source" in encode(unpacked, to=unpacked / "out")
     assert "holds something else" in encode(unpacked, to=flat)

@@ -199,10 +199,10 @@ def test_held_out_labels_are_those_of_the_train_split(directory):
 def test_an_image_without_a_middle_is_refused(directory):
     write(directory / "train" / "b" / "1.png", np.zeros((2, 300, 3)))
     source = folder.ImageFolder(directory, image_size=8)
-    with pytest.raises(ValueError, match=r"1.png: 300 x 2 pixels have no middle to crop"):
+    with pytest.raises(ValueError, match=r"1.png has 300 x 2 pixels and no middle to crop"):
         source[3]
     source.resize = "fast"
-    with pytest.raises(ValueError, match=r"1.png: 300 x 2 pixels have no middle to crop"):
+    with pytest.raises(ValueError, match=r"1.png has 300 x 2 pixels and no middle to crop"):
         source[3]
 
 

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -119,6 +120,14 @@ def test_the_order_is_that_of_earlier_versions():
     order = [7, 9, 0, 8, 4, 2, 5, 6, 3, 1, 6, 0, 4, 2, 7, 9, 1, 5, 8, 3]
     iterator = pipeline.train_iterator(Numbered(10), global_batch_size=4, seed=7)
     assert np.concatenate(take(iterator, 5)).tolist() == order
+
+
+@pytest.mark.parametrize(("length", "seed"), [(10, 7), (1000, 0), (70_000, 2**32 - 1)])
+def test_the_order_is_that_of_grain(length, seed):
+    order = grain.MapDataset.range(length).seed(seed).shuffle().repeat(None)
+    positions = np.asarray([0, 1, 2, length - 1, length, length + 1, 7 * length + 5])
+    found = pipeline.shuffled(positions, length, seed=seed)
+    assert found.tolist() == [order[int(i)] for i in positions]
 
 
 class Seen:

@@ -14,9 +14,10 @@ import photographs
 import pytest
 from PIL import Image
 
+from arcond_jax import build
 from arcond_jax.cli import main as cli
 from arcond_jax.data import folder, pipeline, records
-from arcond_jax.run import preparing
+from arcond_jax.run import preparing, restoring
 
 SMALL = preparing.Options(shard_bytes=4000)
 SOURCES = {
@@ -262,16 +263,28 @@ def test_parquet_names_what_it_needs(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_model_trains_from_prepared_photographs(unpacked, tmp_path, capsys):
-    out, workdir = tmp_path / "out", tmp_path / "run"
+def test_a_model_of_fast_photographs_says_so_on_its_card(unpacked, tmp_path, capsys):
+    """From prepare to the card; the model and the card have the images of `data.resize`."""
+    out, workdir, drawn = tmp_path / "out", tmp_path / "run", tmp_path / "drawn.npz"
     assert cli.main(["prepare", "--source", str(unpacked), "--out", str(out)]) == 0
     small = "data.batch_size=8 data.image_size=16 tokenizer.num_codes=8 model.depth=1"
     small += " model.width=16 model.num_heads=2 training.num_train_steps=3"
-    small += " training.num_warmup_steps=1 training.log_every=1"
+    small += " training.num_warmup_steps=1 training.log_every=1 data.resize=fast"
     flags = [f"--config.{x}" for x in small.split()]
     arguments = ["train", "--config", f"own_images:{out}", "--workdir", str(workdir), *flags]
     assert cli.main(arguments) == 0
     assert f"complete: {workdir}" in capsys.readouterr().out
+    config = restoring.restore(workdir).config
+    fast = folder.ImageFolder(unpacked, image_size=16, resize="fast")
+    adm = folder.ImageFolder(unpacked, image_size=16)
+    for index in range(len(fast)):
+        found = build.examples(config, "train").view(index, 0)["image"]
+        np.testing.assert_array_equal(found, fast[index]["image"])
+    assert any(np.any(fast[i]["image"] != adm[i]["image"]) for i in range(len(fast)))
+    run = ["--checkpoint", str(workdir)]
+    assert cli.main(["sample", *run, "--num_images", "12", "--out", str(drawn)]) == 0
+    assert cli.main(["evaluate", *run, "--samples", str(drawn)]) == 0
+    assert "fast, not the crop of ADM" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What tensorflow-datasets prepared is read as it is, without TensorFlow."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -7,7 +8,9 @@ import numpy as np
 import photographs
 import pytest
 
-from arcond_jax.data import folder, pipeline, tfds
+from arcond_jax import build
+from arcond_jax.data import folder, images, pipeline, stored, tfds
+from arcond_jax.run import caching
 
 # TensorFlow is needed to write the data set; another process has it.
 WRITE = """
@@ -77,6 +80,29 @@ def test_images_are_those_of_the_folder(written):
     assert len(part) == 6
     with pytest.raises(ValueError, match=r"'nothing' of train, validation cannot be read"):
         tfds.Tfds(directory, "train", image_size=16, train_split="nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_folder_is_encoded_as_it_is(written, tmp_path):
+    """The cache has the tokens of its images, in its order; kept with the tokenizer."""
+    source, directory = written
+    config = build.load_config(
+        f"own_images:{source}", ["data.image_size=16", "tokenizer.num_codes=8"]
+    )
+    manifest, _ = caching.encode(config, [pathlib.Path(directory)], tmp_path / "out")
+    assert manifest["complete"] and manifest["failed"] == 0
+    given = {"data.name": "cache", "data.directory": str(tmp_path / "out")}
+    tokenizer, cache = (
+        build.tokenizer(build.changed(config, given)),
+        stored.Stored(tmp_path / "out"),
+    )
+    found = tfds.Tfds(directory, image_size=16)
+    assert cache.label_names == found.label_names
+    np.testing.assert_array_equal(cache.label, found.label)
+    for i in range(len(found)):
+        expected = tokenizer.store(images.as_float(found[i]["image"][None]))
+        np.testing.assert_array_equal(cache.view(i, 0)["codes"], expected.codes[0])
 
 
 @pytest.mark.slow

@@ -142,8 +142,8 @@ def test_mask_rates_are_a_truncated_normal():
 
 def test_only_masked_positions_are_trained(params, latents):
     """The gradient of the loss for the latents as targets is nothing where they are visible."""
-    t = jnp.full((1, *latents.shape[:2]), 500)
-    noise = jnp.zeros((1, *latents.shape))
+    t = jnp.full((len(latents), 1, LENGTH), 500)
+    noise = jnp.zeros((*t.shape, latents.shape[-1]))
     order = mar.random_orders(RNG, len(LABEL), LENGTH)
     masked = jnp.arange(LENGTH) >= 4
 

@@ -144,9 +144,9 @@ def check_forward(golden: golden_lib.Golden) -> None:
         return jnp.take_along_axis(x, back[..., None], axis=1)
 
     def rows_in_order(x):
-        """Rows [copies * b * l, ...] of the official loss to [copies, b, l, ...] of ours."""
-        x = jnp.asarray(x).reshape(-1, len(label), length, *x.shape[1:])
-        index = order[None].reshape(1, *order.shape, *(1,) * (x.ndim - 3))
+        """Rows [copies * b * l, ...] of the official loss to [b, copies, l, ...] of ours."""
+        x = jnp.asarray(x).reshape(-1, len(label), length, *x.shape[1:]).swapaxes(0, 1)
+        index = order[:, None].reshape(len(label), 1, length, *(1,) * (x.ndim - 3))
         return jnp.take_along_axis(x, index, axis=2)
 
     @jax.jit
@@ -181,9 +181,9 @@ def check_forward(golden: golden_lib.Golden) -> None:
             "encoder_uncond": encoder(jnp.full_like(label, null)),
             "encoder_train_labeldrop": encoder(dropped),
             "z": in_raster(cond),
-            "mse": in_raster(mse[0][..., None]).reshape(-1),
-            "vb": in_raster(vb[0][..., None]).reshape(-1),
-            "loss_rows": in_raster((mse + vb)[0][..., None]).reshape(-1),
+            "mse": in_raster(mse[:, 0][..., None]).reshape(-1),
+            "vb": in_raster(vb[:, 0][..., None]).reshape(-1),
+            "loss_rows": in_raster((mse + vb)[:, 0][..., None]).reshape(-1),
             "loss": jnp.mean(mse + vb, where=masked),
             "loss_mul4": jnp.mean(many, where=masked),
         }

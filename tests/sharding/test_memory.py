@@ -45,6 +45,18 @@ def test_a_batch_is_the_largest_even_one_that_fits(num_devices, monkeypatch):
     assert batch_size(24, at_most=100) == num_devices  # a row on each, at least
 
 
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_rows_on_a_device_are_halved_until_they_fit(num_devices, monkeypatch):
+    mesh = mesh_lib.make_mesh(devices=jax.devices()[:num_devices])
+    lower = lower_on(mesh)
+    assert memory.halved(lower, 12, mesh=mesh) == 12
+    a_row = needed(lower(4 * num_devices)) / 4
+    monkeypatch.setattr(memory, "of_device", lambda mesh: int(4.5 * a_row / memory.SHARE))
+    assert memory.halved(lower, 12, mesh=mesh) == 3
+    monkeypatch.setattr(memory, "of_device", lambda mesh: 1)
+    assert memory.halved(lower, 12, mesh=mesh) == 1
+
+
 def test_devices_of_one_machine_share_its_memory(tmp_path, monkeypatch):
     one, eight = (mesh_lib.make_mesh(devices=jax.devices()[:n]) for n in (1, 8))
     whole = memory.of_device(one)

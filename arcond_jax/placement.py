@@ -1,0 +1,96 @@
+"""Where every axis of every array lies: logical names, and the one table of their mesh axes.
+
+Mesh axes: `data` (whole copies), `fsdp` (parameters cut, batch cut), `tensor` (heads, MLP width
+and vocabulary cut). Arrays name their axes logically where they are made; RULES maps the names.
+
+What is said of placement inside a model is said here, and says nothing outside `jax.set_mesh`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import DTypeLike
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+BATCH = (DATA, FSDP)  # what cuts a batch
+
+RULES = {
+    "batch": BATCH,
+    "embed": FSDP,
+    "mlp": TENSOR,
+    "heads": TENSOR,
+    "vocab": TENSOR,
+    "layers": None,
+}
+
+
+def spec(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """Where an array with these axes lies; an axis that does not divide stays whole.
+
+    Raises:
+      KeyError: A name that RULES does not have.
+    """
+    kept = []
+    for name, size in zip(names, shape, strict=True):
+        cut = None if name is None else RULES[name]
+        group = (cut,) if isinstance(cut, str) else cut or ()
+        count = int(np.prod([mesh.shape[axis] for axis in group]))
+        kept.append(cut if count > 1 and size % count == 0 else None)
+    return PartitionSpec(*kept)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps the first axis on the mesh axes that cut a batch, and the others whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    place = spec(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, place)
+
+
+def gathered(
+    weight: jax.Array,
+    names: Sequence[str | None],
+    dtype: DTypeLike,
+    *,
+    looked_up: bool = False,
+) -> jax.Array:
+    """A weight as it is multiplied with: whole along the axes that cut the batch.
+
+    Its gradient is brought back to where the weight is stored, so that both ways a device moves no
+    more than the weights: a gather in the forward pass, one more where a block is computed again,
+    a reduction that scatters. Without it the compiler may choose to move activations instead.
+
+    Args:
+      names: Its logical axes.
+      dtype: What it is used in, and so what is moved; a weight that stays where it is keeps its
+        own.
+      looked_up: Whether it is a table of rows and no factor. The gradient of a row is a sum of rows
+        of the batch, which would be moved to where it is stored; so it is summed whole first.
+
+    Source: Rajbhandari et al. (2020), "ZeRO", stage 3.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return weight
+    stored = spec(names, weight.shape, mesh)
+    used = PartitionSpec(*(None if axis in BATCH else axis for axis in stored))
+    if used == stored:
+        return weight
+
+    @jax.custom_vjp
+    def gather(weight: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(weight, used)
+
+    def scatter(_: Any, gradient: jax.Array) -> tuple[jax.Array]:
+        if looked_up:
+            gradient = jax.lax.with_sharding_constraint(gradient, used)
+        return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+    gather.defvjp(lambda weight: (gather(weight), None), scatter)
+    return gather(weight.astype(dtype))
