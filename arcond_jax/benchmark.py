@@ -92,6 +92,8 @@ def measure(
     mesh = build.mesh(first)
     params = _initial_params(configs, mesh)
     prompt_of = build.network(first).no_prompt
+    gives = "latents" if "latents" in build.family_of(first).draws else "codes"
+    decoded = build.part(first, gives)
     timings, rng = [], jax.random.key(1)
     for batch_size in batch_sizes:
         programs: dict[str, Program] = {}
@@ -104,8 +106,8 @@ def measure(
                 for part, function in mar_parts(loop).items():
                     programs[f"{name}: {part}"] = Program(function, args, Work(counts[part]))
         timings += _in_turns(programs, batch_size, mesh, num_runs=num_runs)
-        if split and "path" in first.tokenizer:
-            timings.append(_decoding(first, batch_size, mesh, num_runs=num_runs))
+        if split and "path" in decoded.tokenizer:
+            timings.append(_decoding(decoded, gives, batch_size, mesh, num_runs=num_runs))
     return timings
 
 
@@ -146,7 +148,9 @@ def _sampler(config: build.Config) -> Callable[..., Any]:
     return run
 
 
-def _decoding(config: build.Config, batch_size: int, mesh: Mesh, *, num_runs: int) -> Timing:
+def _decoding(
+    config: build.Config, gives: str, batch_size: int, mesh: Mesh, *, num_runs: int
+) -> Timing:
     """The tokenizer's decoder alone, with random weights."""
     network, abstract = build.tokenizer_network(config), build.abstract_tokenizer(config)
     image = jnp.zeros((1, *build.image_shape(config)))
@@ -154,7 +158,7 @@ def _decoding(config: build.Config, batch_size: int, mesh: Mesh, *, num_runs: in
         abstract, params=nn.unbox(jax.jit(network.init)(jax.random.key(0), image))["params"]
     )
     shape = (batch_size, math.prod(build.grid(config)))
-    if "codes" in build.family_of(config).draws:
+    if gives == "codes":
         tokens = types.Tokens(codes=jnp.zeros(shape, jnp.int32))
     else:
         tokens = types.Tokens(latents=jnp.zeros((*shape, build.token_channels(config))))

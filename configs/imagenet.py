@@ -1,7 +1,8 @@
 """What the ImageNet experiments share; a part of other configs, no experiment.
 
 `data.directory` holds train/<class>/ and val/<class>/, or where the recipe is of ten crops what
-`arcond encode` made of them; `tokenizer.path` the converted tokenizer.
+`arcond encode` made of them; `tokenizer.path` the converted tokenizer, of a pair `kl_path` and
+`vq_path`.
 """
 
 from arcond_jax import build
@@ -10,9 +11,11 @@ NUM_IMAGES = 1_281_167
 STEPS_PER_EPOCH = 625  # of 2,048 images, the last batch of an epoch left out
 
 
-def of_latents(model: str, *, image_size: int = 256, transport: str = "none") -> build.Config:
-    """Latents of KL-16, by MAR's recipe."""
-    config = build.config(model=model, tokenizer="kl", transport=transport)
+def of_latents(
+    model: str, *, tokenizer: str = "kl", image_size: int = 256, transport: str = "none"
+) -> build.Config:
+    """Latents of KL-16, with codes beside them or without, by MAR's recipe."""
+    config = build.config(model=model, tokenizer=tokenizer, transport=transport)
     _images(config, batch_size=2048, image_size=image_size)
     config.training.update(
         num_train_steps=400 * STEPS_PER_EPOCH,

@@ -53,6 +53,12 @@ OF_CODES = {
     "magvit2_l": (804_362_240, 115_127_829),
     "magvit2_xl": (1_486_679_040, 115_127_829),
 }
+# ar_xl_imagenet256 with three tables of 16,384 codes and a row for no code; windows of 48 matrices
+# of the width's square and 20 vectors.
+JOINT = {
+    "joint_xl_imagenet256": 805_664_032 + (3 * 16384 + 1) * 1280,
+    "joint_xl_imagenet256:joint_tensorar": 868_579_872 + (48 * 1280 + 20) * 1280,
+}
 TOKENIZERS = tuple(
     f"tokenizers:{name}" for name in ("kl16", "vq16", "vq8", "maskgit_vq", "lfq256", "lfq128")
 )
@@ -61,6 +67,7 @@ CONFIGS = (
     "cifar10",
     *IMAGENET,
     "ar_xl_imagenet256:refined",
+    *JOINT,
     *OF_CODES,
     *TOKENIZERS,
 )
@@ -83,8 +90,8 @@ def test_configs_are_the_golden_ones(name):
 
 def tokenizer_count(config, known={}):  # noqa: B006
     """Parameters of the tokenizer, counted once for all configs that have the same."""
-    patch_size = config.tokenizer.get("patch_size")
-    key = (build.tokenizer_network(config), build.image_shape(config), patch_size)
+    settings = {name: x for name, x in config.tokenizer.items() if "path" not in name}
+    key = (str(settings), build.image_shape(config))
     if key not in known:
         tokenizer = build.abstract_tokenizer(config)
         known[key] = sum(x.size for x in jax.tree.leaves(tokenizer))
@@ -103,6 +110,37 @@ def test_full_sizes_are_built(name, count):
     solver = loop.heads[-1].solver if isinstance(loop, raster.Raster) else loop.solver
     assert solver.num_evaluations == 100
     assert tokenizer_count(config) == 66_456_019  # the official count
+
+
+@pytest.mark.parametrize(("name", "count"), JOINT.items())
+def test_full_sizes_of_joint_models_are_built(name, count):
+    assert count_of(build.load_config(name)) == count
+
+
+def test_the_joint_model_has_two_tokenizers_on_one_grid():
+    config = build.load_config("joint_xl_imagenet256")
+    assert build.grid(config) == (16, 16)
+    assert (build.num_codes(config), build.token_channels(config)) == (16384, 16)
+    assert tokenizer_count(config) == 66_456_019 + 71_883_403
+    assert build.abstract_tokenizer(config).code_law is None
+    cached = build.changed(config, {"data.name": "cache"})
+    assert build.abstract_tokenizer(cached).code_law.cholesky.shape == (16384, 16, 16)
+    few = ("warm_start=0.4", "solver=ddim", "spacing=trailing", "num_head_evaluations=1")
+    few = build.with_overrides(cached, [f"sampling.{x}" for x in few])
+    assert build.sampler(few).heads[1].warm
+    with pytest.raises(
+        build.ConfigError, match=r"the kl_ settings give 16x16 latents, the vq_ set"
+    ):
+        build.with_overrides(config, ["tokenizer.vq_multipliers=(1,2,2,4)"])
+    with pytest.raises(build.ConfigError, match=r"tokenizer\.kl_path is not set: give the folder"):
+        build.tokenizer(config)
+
+
+@pytest.mark.parametrize(("tokenizer", "gives"), [("kl", "latents"), ("vq", "codes")])
+def test_the_joint_model_needs_latents_and_codes(tokenizer, gives):
+    config = build.config(model="joint", tokenizer=tokenizer)
+    with pytest.raises(build.ConfigError, match=f"codes and latents, tokenizer .* gives {gives}$"):
+        build.check(config)
 
 
 # LlamaGen's counts are the same at 256 and 384 pixels: of the four larger sizes one will do.

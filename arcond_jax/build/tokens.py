@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from arcond_jax import checkpoint, digest, types
+from arcond_jax import config as config_lib
 from arcond_jax.build import data, keys
 from arcond_jax.build import official as official_lib
 from arcond_jax.config import Config, ConfigError
@@ -21,7 +22,7 @@ from arcond_jax.convert import kl16, vq16
 from arcond_jax.convert import lfq as lfq_table
 from arcond_jax.convert import maskgit_vq as maskgit_vq_table
 from arcond_jax.data import images, pipeline, records, stored
-from arcond_jax.tokenizers import kl, lfq, maskgit_vq, patches, vq
+from arcond_jax.tokenizers import kl, lfq, maskgit_vq, paired, patches, vq
 from arcond_jax.tokenizers import network as network_lib
 
 WEIGHTS = "weights"  # within a folder of converted weights
@@ -30,7 +31,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MAX_PATCHES = 65_536  # to cluster, of images spread over the split
 
 
-def _fitted(config: Config) -> patches.Patches:
+def _abstract_patches(config: Config) -> patches.Patches:
     section = config.tokenizer
     return patches.abstract(
         data.image_shape(config),
@@ -61,7 +62,10 @@ class Tokenizer:
       section: Settings besides its name.
       gives: Kinds of token, of "latents" and "codes".
       abstract: Its shapes, for a config.
-      network: The Linen module of one that is read from weights; None for one that is fitted.
+      network: The Linen module of one that is read from weights; None for one that is fitted, and
+        for a pair.
+      parts: Of a pair, which kind of tokenizer gives which kind of token, by names of `TOKENIZERS`;
+        its settings begin with that name.
       codebook: From the tokenizer itself, the vectors of its codes, centred where they have a
         common direction; None where there is no table, codes being signs.
       official: Its official weights.
@@ -71,8 +75,14 @@ class Tokenizer:
     gives: tuple[str, ...]
     abstract: Callable[[Config], Any]
     network: Callable[..., Any] | None = None
+    parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     codebook: Callable[[Any], Float[Array, "v c"]] | None = None
     official: official_lib.Official | None = None
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it is made from the training images, and not read from weights."""
+        return self.network is None and not self.parts
 
 
 def _centred(fitted: patches.Patches) -> Float[Array, "v c"]:
@@ -85,6 +95,12 @@ def _quantiser(tokenizer: network_lib.Coded) -> Float[Array, "v c"]:
     return tokenizer.params["codebook"]["table"]
 
 
+def _pair(config: Config) -> paired.Paired:
+    grid(config)  # raises where they have no common one
+    latents, codes = _kl(part(config, "latents")), _coded(part(config, "codes"))
+    return paired.abstract(latents, codes, with_law=config.data.name == "cache")
+
+
 PATCH = {"patch_size": keys.integer(2)}
 NUM_CODES = {"num_codes": keys.integer(64)}
 LEVELS = {
@@ -93,16 +109,23 @@ LEVELS = {
     "multipliers": keys.sizes((1, 1, 2, 2, 4)),
     "num_blocks": keys.integer(2),
 }
+KL = LEVELS | {
+    "patch_size": keys.integer(1),
+    "latent_channels": keys.integer(16),
+    "latent_scale": keys.positive(kl.LATENT_SCALE),
+}
+VQ = LEVELS | {
+    "latent_channels": keys.integer(256),
+    "num_codes": keys.integer(16384),
+    "code_width": keys.integer(8),
+}
 TOKENIZERS: Mapping[str, Tokenizer] = {
-    "pixels": Tokenizer(PATCH, ("latents",), _fitted),
-    "patches": Tokenizer(PATCH | NUM_CODES, ("latents", "codes"), _fitted, codebook=_centred),
+    "pixels": Tokenizer(PATCH, ("latents",), _abstract_patches),
+    "patches": Tokenizer(
+        PATCH | NUM_CODES, ("latents", "codes"), _abstract_patches, codebook=_centred
+    ),
     "kl": Tokenizer(
-        LEVELS
-        | {
-            "patch_size": keys.integer(1),
-            "latent_channels": keys.integer(16),
-            "latent_scale": keys.positive(kl.LATENT_SCALE),
-        },
+        KL,
         ("latents",),
         _kl,
         kl.KLAutoencoder,
@@ -111,16 +134,11 @@ TOKENIZERS: Mapping[str, Tokenizer] = {
         ),
     ),
     "vq": Tokenizer(
-        LEVELS
-        | {
-            "latent_channels": keys.integer(256),
-            "num_codes": keys.integer(16384),
-            "code_width": keys.integer(8),
-        },
+        VQ,
         ("codes",),
         _coded,
         vq.VQAutoencoder,
-        _quantiser,
+        codebook=_quantiser,
         official=official_lib.Official(
             "vq",
             ("tokenizers:vq16", "tokenizers:vq8"),
@@ -134,7 +152,7 @@ TOKENIZERS: Mapping[str, Tokenizer] = {
         ("codes",),
         _coded,
         maskgit_vq.MaskGITAutoencoder,
-        _quantiser,
+        codebook=_quantiser,
         official=official_lib.Official(
             "maskgit_vq", ("tokenizers:maskgit_vq",), maskgit_vq_table.rows
         ),
@@ -153,9 +171,23 @@ TOKENIZERS: Mapping[str, Tokenizer] = {
             averaged=lfq_table.averaged,
         ),
     ),
+    "paired": Tokenizer(
+        {f"kl_{name}": key for name, key in KL.items()}
+        | {f"vq_{name}": key for name, key in VQ.items()},
+        ("latents", "codes"),
+        _pair,
+        parts={"latents": "kl", "codes": "vq"},
+        codebook=lambda pair: _quantiser(pair.codes),
+    ),
 }
 # Settings that are not the network's.
 APART = ("name", "path", "patch_size", "latent_scale")
+# Those that a cache does not depend on: moments are kept before they are cut and scaled, but the
+# Gaussians behind codes are of latents that are cut.
+OF_A_CACHE = {
+    "kl": APART,
+    "paired": ("name", "kl_path", "kl_latent_scale", "vq_path"),
+}
 
 
 def kind_of(config: Config) -> Tokenizer:
@@ -163,12 +195,33 @@ def kind_of(config: Config) -> Tokenizer:
     return TOKENIZERS[config.tokenizer.name]
 
 
+def part(config: Config, gives: str) -> Config:
+    """The config of the tokenizer that gives "latents" or "codes": of a pair, one alone."""
+    name = kind_of(config).parts.get(gives)
+    if name is None:
+        return config
+    prefix, alone = f"{name}_", config.copy_and_resolve_references()
+    settings = {x: value for x, value in config.tokenizer.items() if x.startswith(prefix)}
+    section = {"name": name} | {x.removeprefix(prefix): y for x, y in settings.items()}
+    alone.tokenizer = config_lib.made_of(section)
+    return alone
+
+
 def grid(config: Config) -> tuple[int, int]:
     """Rows and columns of tokens.
 
     Raises:
-      ConfigError: Images of this size cannot be cut into tokens.
+      ConfigError: Images of this size cannot be cut into tokens, or into those of a pair alike.
     """
+    if kind_of(config).parts:
+        latents, codes = (grid(part(config, gives)) for gives in ("latents", "codes"))
+        if latents != codes:
+            ours, theirs = ("x".join(map(str, x)) for x in (latents, codes))
+            raise ConfigError(
+                f"tokenizer {config.tokenizer.name} needs one grid: the kl_ settings give {ours} "
+                f"latents, the vq_ settings {theirs} codes; take multipliers of equal length"
+            )
+        return latents
     edge = config.tokenizer.get("patch_size", 1)
     if kind_of(config).network is not None:
         edge *= tokenizer_network(config).design.stride
@@ -180,6 +233,7 @@ def grid(config: Config) -> tuple[int, int]:
 
 def num_codes(config: Config) -> int:
     """Size of the codebook."""
+    config = part(config, "codes")
     if kind_of(config).network is None:
         return config.tokenizer.num_codes
     return tokenizer_network(config).num_codes
@@ -187,6 +241,7 @@ def num_codes(config: Config) -> int:
 
 def token_channels(config: Config) -> int:
     """Numbers in a latent."""
+    config = part(config, "latents")
     channels = config.tokenizer.get("latent_channels", config.data.num_channels)
     return channels * config.tokenizer.patch_size**2
 
@@ -203,14 +258,16 @@ def tokenizer_network(config: Config) -> Any:
 def tokenizer(config: Config, split: pipeline.Source | None = None) -> types.Tokenizer:
     """The tokenizer, fitted to the training split or read from weights or from a cache.
 
+    A pair has the Gaussians behind its codes from a cache, and none without.
+
     Args:
       split: To fit it to; None for that of the config.
 
     Raises:
-      ConfigError: No weights are named.
+      ConfigError: No weights are named, or the cache was made by others.
       checkpoint.CheckpointError: They cannot be read, or are of another model.
     """
-    if kind_of(config).network is None:
+    if kind_of(config).fitted:
         if split is None and config.data.name == "cache":
             return fitted_in(data.directory(config), config)
         split = split or data.source(config, "train")
@@ -222,15 +279,44 @@ def tokenizer(config: Config, split: pipeline.Source | None = None) -> types.Tok
             num_codes=config.tokenizer.get("num_codes"),
             seed=config.seed,
         )
-    if config.tokenizer.path is None:
+    made = from_weights(config)
+    if kind_of(config).parts and config.data.name == "cache":
+        check_cache(config, made)
+        made = dataclasses.replace(made, code_law=_law_in(data.directory(config), config))
+    return made
+
+
+def from_weights(config: Config) -> Any:
+    """A tokenizer that is not fitted, read from weights alone: a pair knows no Gaussians.
+
+    Raises:
+      ConfigError: No weights are named.
+      checkpoint.CheckpointError: They cannot be read, or are of another model.
+    """
+    parts = kind_of(config).parts
+    if not parts:
+        return _read(config, "path")
+    made = {gives: _read(part(config, gives), f"{name}_path") for gives, name in parts.items()}
+    return dataclasses.replace(abstract_tokenizer(config), code_law=None, **made)
+
+
+def _read(config: Config, key: str) -> Any:
+    """The tokenizer whose weights a config names; `key` is what its user calls the setting."""
+    path = config.tokenizer.path
+    if path is None:
         raise ConfigError(
-            "tokenizer.path is not set: give the folder that `arcond convert` made of the "
+            f"tokenizer.{key} is not set: give the folder that `arcond convert` made of the "
             f"tokenizer {config.tokenizer.name}"
         )
     abstract = abstract_tokenizer(config)
-    return dataclasses.replace(
-        abstract, params=load_weights(config.tokenizer.path, abstract.params)
-    )
+    return dataclasses.replace(abstract, params=load_weights(path, abstract.params))
+
+
+def _law_in(cache: pathlib.Path, config: Config) -> types.CodeLaw:
+    """The Gaussians that a cache of this pair keeps, in the units of the config's latents."""
+    scale = part(config, "latents").tokenizer.latent_scale
+    law = stored.read_law(cache, records.read_manifest(cache, kind=stored.KIND))
+    return jax.tree.map(lambda x: x * scale, law)
 
 
 def abstract_tokenizer(config: Config) -> Any:
@@ -252,10 +338,11 @@ def sha256(made: types.Tokenizer) -> str:
     return digest.of_json(digest.of_tree(made))
 
 
-def described(config: Config, made: types.Tokenizer) -> dict[str, Any]:
+def described(config: Config, made: Any) -> dict[str, Any]:
     """What a cache says of its tokenizer: its kind and sizes, and a digest of its parameters."""
-    # Moments are kept before they are cut into tokens and scaled.
-    apart = APART if config.tokenizer.name == "kl" else ("name", "path")
+    apart = OF_A_CACHE.get(config.tokenizer.name, ("name", "path"))
+    if kind_of(config).parts:  # the Gaussians follow from the images too
+        made = dataclasses.replace(made, code_law=None)
     return {
         "name": config.tokenizer.name,
         "sha256": sha256(made),
@@ -275,6 +362,16 @@ def check_cache(config: Config, made: types.Tokenizer) -> None:
         raise ConfigError(
             f"{directory} was encoded by a tokenizer with parameters {found[:12]}, those of this "
             f"run are {ours[:12]}: name the same tokenizer, or encode anew by `arcond encode`"
+        )
+
+
+def check_law(config: Config, made: types.Tokenizer) -> None:
+    """Raises ConfigError if latents are to be drawn from Gaussians that are not known."""
+    start = config.sampling.get("warm_start")
+    if start is not None and made.code_law is None:
+        raise ConfigError(
+            f"sampling.warm_start {start} starts from the Gaussian behind each code, which `arcond "
+            "encode` finds: train with data.name=cache, or set it to None"
         )
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from arcond_jax import build
-from arcond_jax.cli import paths, prepare
+from arcond_jax.cli import estimate, paths, prepare
 from arcond_jax.data import views
 from arcond_jax.run import caching
 
@@ -15,12 +15,12 @@ EPILOG = """examples:
   arcond train --config mar_base_imagenet256 --config.tokenizer.path=weights/kl16 \\
       --workdir runs/mar --config.data.name=cache --config.data.directory=moments
 
-Kept are moments (mean and log variance) of KL-16, codes of VQ-16, MaskGIT-VQ and LFQ, or latents
-and codes of patches, whose tokenizer is fitted and kept too. A source is one of `arcond prepare`,
-or a folder that it or tfds prepared; its training images are encoded. Without --views they are
-those of the config: data.views, or the mirror image where data.random_flip is set. Images that
-cannot be decoded are listed in OUT/failed.txt. Run the same command again to go on where it
-stopped."""
+Kept are moments (mean and log variance) of KL-16, codes of VQ-16, MaskGIT-VQ and LFQ, or both with
+the Gaussians that link them; or latents and codes of patches, whose tokenizer is fitted and kept
+too. A source is one of `arcond prepare`, or a folder that it or tfds prepared; its training images
+are encoded. Without --views they are those of the config: data.views, or the mirror image where
+data.random_flip is set. Images that cannot be decoded are listed in OUT/failed.txt. Run the same
+command again to go on where it stopped."""
 
 
 def _ranges(text: str) -> tuple[float, ...]:
@@ -78,8 +78,7 @@ def main(args: argparse.Namespace) -> None:
     views = f"views {manifest['views']['kind']}: {len(manifest['views']['names'])} of each"
     left_out = prepare.left_out(manifest, args.out)
     print(f"{args.out}: {count} images of {classes} classes, {views}{left_out}")
-    for name, value in found.items():
-        print(f"{name}: {value:.5g}")
+    estimate.show(found)
 
 
 def _views(args: argparse.Namespace) -> views.Views | None:

@@ -14,6 +14,7 @@ COMMANDS = (
     "demo",
     "config",
     "prepare",
+    "estimate",
     "encode",
     "train",
     "calibrate",

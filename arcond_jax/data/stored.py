@@ -2,19 +2,26 @@
 
 A folder that `arcond encode` wrote holds a manifest and shards, as prepared images do
 (`data.records`). A record is the label (int32) and then each array, all its views one after
-another, with the low byte first; the manifest has shapes and types.
+another, with the low byte first; the manifest has shapes and types. Of a pair of trained tokenizers
+the Gaussian of the latents behind each code lies beside them.
 """
 
+import hashlib
+import io
 import math
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from arcond_jax import atomic, types
 from arcond_jax.data import pipeline, records
 
+LAW = "code_law.npz"
 KIND = "tokens"  # of the manifest
 _LABEL = np.dtype("<i4")
 
@@ -64,3 +71,27 @@ class Stored:
             item[name] = np.frombuffer(record, dtype, size, start).reshape(shape)
             offset += self.num_views * size * dtype.itemsize
         return item
+
+
+def write_law(directory: pathlib.Path, law: types.CodeLaw) -> str:
+    """Writes the Gaussians behind the codes; returns the SHA-256 of their file."""
+    content = io.BytesIO()
+    np.savez(content, mean=law.mean, cholesky=law.cholesky)
+    with atomic.file(directory / LAW) as opened:
+        opened.write(content.getvalue())
+    return hashlib.sha256(content.getvalue()).hexdigest()
+
+
+def read_law(directory: pathlib.Path, manifest: Mapping[str, Any]) -> types.CodeLaw:
+    """The Gaussians behind the codes, in the units in which latents are stored.
+
+    Raises:
+      ValueError: They are missing or damaged.
+    """
+    path = directory / LAW
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != manifest.get("code_law_sha256"):
+        state = "is damaged" if content else "is missing"
+        raise ValueError(f"{path} {state}: {records.again(KIND)}")
+    with np.load(io.BytesIO(content)) as held:
+        return types.CodeLaw(jnp.asarray(held["mean"]), jnp.asarray(held["cholesky"]))

@@ -20,13 +20,12 @@ from arcond_jax.data import images as images_lib
 from arcond_jax.data import views as views_lib
 from arcond_jax.parallel import compiled, memory
 from arcond_jax.parallel import mesh as mesh_lib
-from arcond_jax.run import sharded
-from arcond_jax.tokenizers import kl
+from arcond_jax.run import measuring, sharded
+from arcond_jax.tokenizers import law as law_lib
 
 DTYPES = ("float16", "float32")  # of moments and latents
 SHARD_IMAGES = 8192  # 256 MB of moments of two views in float16
 BATCH_SIZE = 32  # images at a time on each device, where memory allows them: 8 GB at 256 pixels
-MEASURED = 1024  # images that statistics are made of, spread over the split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +138,8 @@ def encode(
 
     Returns:
       The manifest, whose `complete` is False while shards of other processes are missing; and once
-      it is True, `statistics` of the cache.
+      it is True, what the latents are like (`law.statistics`): all of them where a pair of trained
+      tokenizers made them, else those of some images.
 
     Raises:
       ImportError: The source needs an extra.
@@ -171,6 +171,7 @@ def encode(
             wanted,
             encoder.batch_size,
         )
+    kind = tokens.kind_of(config)
     shards = sharded.cut("train", range(0, len(source), options.shard_images), len(source))
     plan = {
         "kind": stored.KIND,
@@ -184,19 +185,62 @@ def encode(
         "source": {"name": found.name, "count": len(source), "sha256": found.sha256},
     }
     plan = sharded.begin(out, plan, shards)
-    fitted = tokens.kind_of(config).network is None
-    if fitted and process_index == 0 and not (out / tokens.FITTED).is_dir():
+    if kind.fitted and process_index == 0 and not (out / tokens.FITTED).is_dir():
         checkpoint.save_tree(str(out / tokens.FITTED), tokenizer, {})
     missing, progress = sharded.unfinished(out, shards, process_index, process_count)
     readers = pipeline.pool(num_threads)
     with progress:
         for shard in missing:
-            _write(out, shard, encoder, readers, progress)
+            sums = measuring.Sums(config) if kind.parts else None
+            _write(out, shard, encoder, readers, progress, sums)
     known = sharded.all_known(out, shards)
     if known is None:
         return plan, {}
-    manifest = sharded.finish(out, plan, shards, known)
-    return manifest, statistics(stored.Stored(out))
+    if not kind.parts:
+        manifest = sharded.finish(out, plan, shards, known)
+        return manifest, measuring.of_cache(config, stored.Stored(out))
+    # In the order of shards, so that they are the same however many processes there were.
+    total = measuring.Sums(config).total
+    for shard in shards:
+        total += law_lib.Sums(**sharded.arrays_of(out, shard))
+    digest = stored.write_law(out, law_lib.code_law(total))
+    manifest = sharded.finish(out, plan, shards, known, code_law_sha256=digest)
+    return manifest, law_lib.statistics(total)
+
+
+def estimate(
+    config: build.Config,
+    sources: Sequence[pathlib.Path],
+    *,
+    num_images: int = measuring.MEASURED,
+    num_threads: int | None = None,
+) -> dict[str, float]:
+    """What latents are like (`law.statistics`), of images spread over the split; nothing is kept.
+
+    Arguments and errors are those of `encode`, and the views are the config's.
+
+    Raises:
+      ValueError: The tokenizer gives no latents.
+    """
+    if "latents" not in tokens.kind_of(config).gives:
+        raise build.ConfigError(
+            f"tokenizer {config.tokenizer.name} gives codes alone, and latents are measured: take "
+            "a config of latents"
+        )
+    found = _images(config, sources)
+    source = _AllViews(found, _views_of(config), config.data.image_size, stop_on_error=False)
+    _check_classes(config, source)
+    tokenizer = _tokenizer(config, found, None, Options())
+    sums, chosen = measuring.Sums(config), measuring.spread(len(source), num_images)
+    encoder = _Encoder(config, tokenizer, source, "float32", min(BATCH_SIZE, len(chosen)))
+    for index, row in _encoded(chosen, encoder, pipeline.pool(num_threads)):
+        if index in source.failed:
+            logging.warning("%s %s", *source.failed[index])
+        else:
+            sums.add(row)
+    if len(source.failed) == len(chosen):
+        raise ValueError(f"{found.name}: no image of {len(chosen)} can be read")
+    return law_lib.statistics(sums.done())
 
 
 def _views_of(config: build.Config) -> views_lib.Views:
@@ -265,12 +309,12 @@ def _digest(split: pipeline.Source | listing.Listing, names: Sequence[str]) -> s
 
 
 def _tokenizer(
-    config: build.Config, found: _Images, out: pathlib.Path, options: Options
+    config: build.Config, found: _Images, out: pathlib.Path | None, options: Options
 ) -> types.Tokenizer:
     """The tokenizer: from weights, or fitted to the images, once."""
-    if tokens.kind_of(config).network is not None:
-        return build.tokenizer(config)
-    if (out / tokens.FITTED).is_dir():
+    if not tokens.kind_of(config).fitted:
+        return tokens.from_weights(config)
+    if out is not None and (out / tokens.FITTED).is_dir():
         return tokens.fitted_in(out, config)
     source = found.of_size(config.data.image_size)
     if not options.stop_on_error:
@@ -343,36 +387,42 @@ def _write(
     encoder: _Encoder,
     readers: futures.Executor | None,
     progress: sharded.Progress,
+    sums: measuring.Sums | None,
 ) -> None:
-    """Writes a shard of the images that can be read, and then what is known of it."""
+    """Writes a shard of the images that can be read, and then what is known of it.
+
+    Its sums are kept where they are wanted.
+    """
     label: list[int] = []
     failed: list[tuple[str, str]] = []
 
     def packed() -> Iterator[bytes]:
-        for index, row in _encoded(shard, encoder, readers):
+        for index, row in _encoded(np.arange(shard.start, shard.stop), encoder, readers):
             progress.add()
             if index in encoder.source.failed:
                 failed.append(encoder.source.failed[index])
                 logging.warning("%s %s", *failed[-1])
                 continue
             label.append(int(row.pop("label")))
+            if sums is not None:
+                sums.add(row)
             yield stored.pack(label[-1], row)
 
     records.write_shard(out / shard.file, packed())
-    sharded.keep(out, shard, label, failed)
+    sharded.keep(out, shard, label, failed, None if sums is None else vars(sums.done()))
     progress.say(shard)
 
 
 def _encoded(
-    shard: sharded.Shard, encoder: _Encoder, readers: futures.Executor | None
+    chosen: np.ndarray, encoder: _Encoder, readers: futures.Executor | None
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """The rows of a shard and their indices; a batch is read while the device is at the one before.
+    """The rows of images and their indices; a batch is read while the device is at the one before.
 
-    Batches begin with the shard, so that its bytes do not depend on what was encoded before it.
+    Batches begin with a shard, so that its bytes do not depend on what was encoded before it.
     """
     running, size = collections.deque(), encoder.num_images
-    for start in range(shard.start, shard.stop, size):
-        indices = np.arange(start, min(start + size, shard.stop))
+    for start in range(0, len(chosen), size):
+        indices = chosen[start : start + size]
         loaded = pipeline.load(encoder.source, np.resize(indices, size), readers)
         running.append((indices, encoder(loaded["image"]), loaded["label"]))
         if len(running) > 1:
@@ -393,32 +443,3 @@ def _rows(
                     "tokenizer, or take --dtype float32"
                 )
         yield int(index), item | {"label": label[row]}
-
-
-def statistics(cache: stored.Stored) -> dict[str, float]:
-    """What the latents of a cache are like, from images spread over it and all their views.
-
-    Returns:
-      "latent scale", by which they come to a standard deviation of 1, where there are latents; and
-      "var(x | y) / var(x)", the share of their variance that codes leave, where there are both.
-    """
-    if not {"moments", "latents"} & cache.arrays.keys():
-        return {}
-    count = min(len(cache), MEASURED)
-    chosen = np.arange(count) * len(cache) // count
-    rows = [cache.view(int(i), view) for i in chosen for view in range(cache.num_views)]
-    if "moments" in cache.arrays:
-        moments = np.stack([row["moments"] for row in rows]).astype(np.float64)
-        mean, log_variance = np.split(moments, 2, axis=-1)
-        variance = mean.var() + np.exp(np.clip(log_variance, *kl.LOG_VARIANCES)).mean()
-        return {"latent scale": float(variance**-0.5)}
-    latents = np.stack([row["latents"] for row in rows]).astype(np.float64)
-    found = {"latent scale": float(latents.std() ** -1)}
-    if "codes" in cache.arrays:
-        x, codes = latents.reshape(-1, latents.shape[-1]), np.stack([r["codes"] for r in rows])
-        _, code, sizes = np.unique(codes, return_inverse=True, return_counts=True)
-        sums = np.zeros((len(sizes), x.shape[1]))
-        np.add.at(sums, code.reshape(-1), x)
-        within = x - (sums / sizes[:, None])[code.reshape(-1)]
-        found["var(x | y) / var(x)"] = float((within**2).mean() / x.var(axis=0).mean())
-    return found

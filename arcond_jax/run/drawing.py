@@ -45,9 +45,13 @@ class Drawer:
           config: Another sampling section than the run's own; None for its own.
           trace: Keep conditions before and after refinement.
           num_known: Tokens that are given in every call.
+
+        Raises:
+          build.ConfigError: Sampling starts from Gaussians that the tokenizer does not know.
         """
         self.trained = trained
         self._config = config or trained.config
+        build.check_law(self._config, trained.tokenizer)
         self._loop = build.sampler(self._config, trace=trace, num_known=num_known)
         self._sample = compiled.Compiled(self._tokens, trained.mesh)
         self._decode = compiled.Compiled(_pixels, trained.mesh)

@@ -33,6 +33,8 @@ FREE_KEYS = (
     "data.max_copy_gb",
     "data.num_threads",
     "tokenizer.path",
+    "tokenizer.kl_path",
+    "tokenizer.vq_path",
     "training.num_train_steps",
     "training.learning_rate",
     "training.clip_norm",

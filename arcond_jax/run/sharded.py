@@ -11,7 +11,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,18 +101,39 @@ def _finished(out: pathlib.Path, shard: Shard) -> dict[str, Any] | None:
     """What is known of a shard that lies there whole; None for any other."""
     try:
         known = json.loads((out / PROGRESS / f"{shard.file}.json").read_text("utf-8"))
-        return known if (out / shard.file).stat().st_size == known["bytes"] else None
+        whole = (out / shard.file).stat().st_size == known["bytes"]
+        if "beside" in known:
+            whole &= _beside(out, shard).stat().st_size == known["beside"]
+        return known if whole else None
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
 
+def _beside(out: pathlib.Path, shard: Shard) -> pathlib.Path:
+    return out / PROGRESS / f"{shard.file}.npz"
+
+
 def keep(
-    out: pathlib.Path, shard: Shard, label: list[int], failed: Sequence[Sequence[str]] = ()
+    out: pathlib.Path,
+    shard: Shard,
+    label: list[int],
+    failed: Sequence[Sequence[str]] = (),
+    arrays: Mapping[str, Any] | None = None,
 ) -> None:
-    """Notes that a shard is written: its labels, and what was left out of it."""
+    """Notes that a shard is written: its labels, what was left out of it, and arrays made of it."""
     size = (out / shard.file).stat().st_size
     known = {"records": len(label), "bytes": size, "label": label, "failed": failed}
+    if arrays is not None:
+        with atomic.file(_beside(out, shard)) as opened:
+            np.savez(opened, **arrays)
+        known["beside"] = _beside(out, shard).stat().st_size
     atomic.write_text(out / PROGRESS / f"{shard.file}.json", json.dumps(known))
+
+
+def arrays_of(out: pathlib.Path, shard: Shard) -> dict[str, np.ndarray]:
+    """The arrays that `keep` was given of a finished shard."""
+    with np.load(_beside(out, shard)) as held:
+        return dict(held)
 
 
 def write_failed(out: pathlib.Path, failed: Sequence[Sequence[str]]) -> None:
@@ -134,8 +155,12 @@ def finish(
     plan: dict[str, Any],
     shards: Sequence[Shard],
     known: list[dict[str, Any]],
+    **more: Any,
 ) -> dict[str, Any]:
     """Writes the labels, the list of what was left out and the complete manifest; returns it.
+
+    Args:
+      more: Of the manifest.
 
     Raises:
       ValueError: Every image of a class to train on was left out.
@@ -159,7 +184,7 @@ def finish(
                 f"no image of the class {plan['class_names'][counts.index(0)]!r} can be read (see "
                 f"{out / FAILED}): repair them, or remove the class"
             )
-    manifest = plan | {"complete": True, "failed": len(failed), "splits": splits}
+    manifest = plan | {"complete": True, "failed": len(failed), **more, "splits": splits}
     records.write_manifest(out, manifest)
     return manifest
 

@@ -204,6 +204,7 @@ def _fresh(
         state = state_lib.with_params(state, params)
     tokenizer = tokenizer or build.tokenizer(config)
     build.check_cache(config, tokenizer)
+    build.check_law(config, tokenizer)
     return state, tokenizer
 
 

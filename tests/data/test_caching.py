@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from arcond_jax.data import folder, images, pipeline, records, stored
 from arcond_jax.data import views as views_lib
 from arcond_jax.parallel import memory
 from arcond_jax.run import caching
+from arcond_jax.tokenizers import kl, law
 
 SMALL = ("multipliers=(1,1)", "width=32", "num_blocks=1")
 # Real configs, their sizes cut down; 16x16 pixels make 8x8 tokens.
@@ -75,6 +77,14 @@ def settings(name, path, *more):
 
 def config_of(name, path, *more):
     return build.load_config(CONFIGS[name][0], settings(name, path, *more))
+
+
+def pair_of(kl, vq, *more):
+    """The joint model's config on two folders of weights."""
+    sizes = [f"tokenizer.{name}_{x}" for name in ("kl", "vq") for x in CONFIGS[name][1]]
+    paths = (f"tokenizer.kl_path={kl}", f"tokenizer.vq_path={vq}")
+    others = [x for x in settings("vq", None) if not x.startswith("tokenizer.")]
+    return build.load_config("joint_xl_imagenet256", (*sizes, *paths, *others, *more))
 
 
 def reading(config, cache, *more):
@@ -189,6 +199,92 @@ def test_the_pair_of_patches_is_kept_with_its_tokenizer(unpacked, tmp_path):
         expected, ours = (build.tokens_of(tokenizer, x) for x in (of_images, of_cache))
         np.testing.assert_array_equal(ours.codes, expected.codes)
         np.testing.assert_allclose(ours.latents, expected.latents, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def pair(unpacked, weights, tmp_path_factory):
+    """A cache of moments and codes in four shards, never to be written to, and its config."""
+    out = tmp_path_factory.mktemp("pair") / "out"
+    config = pair_of(weights("kl"), weights("vq"), f"data.directory={unpacked}")
+    _, found = caching.encode(config, [], out, caching.Options(dtype="float32", shard_images=3))
+    return out, config, found
+
+
+def test_a_pair_is_kept_with_the_law_of_its_codes(pair, unpacked):
+    out, config, found = pair
+    assert set(stored.Stored(out).arrays) == {"moments", "codes"}
+    cached = reading(config, out, "tokenizer.kl_latent_scale=0.5")
+    of_images, of_cache = build.tokenizer(config), build.tokenizer(cached)
+    build.check_cache(cached, of_cache)
+    assert of_images.code_law is None
+    rng, tokens_of = jax.random.key(5), jax.jit(build.tokens_of)
+    ours, theirs = batches(cached, 1)[0], batches(config, 1)[0]
+    ours, theirs = tokens_of(of_cache, ours, rng), tokens_of(of_images, theirs, rng)
+    np.testing.assert_array_equal(ours.codes, theirs.codes)
+    scaled = theirs.latents * 0.5 / kl.LATENT_SCALE
+    np.testing.assert_allclose(ours.latents, scaled, atol=1e-5 * np.abs(scaled).max())
+
+    # From all views of all images, at once.
+    rows = [stored.Stored(out).view(i, view) for i in range(12) for view in range(2)]
+    mean, log_variance = np.split(np.concatenate([x["moments"] for x in rows]), 2, axis=-1)
+    sums = law.sums(
+        mean.reshape(-1, 3),
+        np.concatenate([x["codes"] for x in rows]),
+        variance=np.exp(log_variance).reshape(-1, 3),
+        num_codes=16,
+    )
+    expected, made = law.code_law(sums), of_cache.code_law
+    np.testing.assert_allclose(made.mean, 0.5 * expected.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(made.cholesky, 0.5 * expected.cholesky, rtol=1e-5, atol=1e-6)
+    assert found == pytest.approx(law.statistics(sums))
+    assert caching.estimate(config, [unpacked]) == pytest.approx(found, rel=1e-4)
+
+
+def test_a_pair_stopped_and_divided_among_processes_is_the_same(pair, tmp_path):
+    """Its law too, to the last bit; what is known of a shard counts as a part of it."""
+    expected, config, _ = pair
+    arguments = (config, [], tmp_path / "out", caching.Options(dtype="float32", shard_images=3))
+    for i in (1, 0):
+        manifest, found = caching.encode(*arguments, process_index=i, process_count=2)
+        assert bool(found) == manifest["complete"] == (i == 0)
+    assert contents(tmp_path / "out") == contents(expected)
+    sums, shards = (sorted(tmp_path.glob(f"out/{x}")) for x in ("progress/*.npz", "train-*d"))
+    assert len(sums) == len(shards) == 4
+    os.truncate(sums[1], 99)
+    for gone in (sums[0], shards[2], tmp_path / "out" / stored.LAW):
+        gone.unlink()
+    caching.encode(*arguments)
+    assert contents(tmp_path / "out") == contents(expected)
+
+
+def test_what_fits_no_pair_is_refused(pair, weights, tmp_path, capsys):
+    out, config, _ = pair
+    for name, leaf in (("kl", "to_moments"), ("vq", "to_code")):
+        params = tiny.random_params(build.abstract_tokenizer(config_of(name, None)).params, 0.1)
+        params[leaf]["bias"] = params[leaf]["bias"].at[0].add(1e-3)
+        checkpoint.save_tree(f"{tmp_path / name}/weights", {"params": params}, {})
+        paths = {"kl": weights("kl"), "vq": weights("vq")} | {name: tmp_path / name}
+        with pytest.raises(build.ConfigError, match=r"was encoded by a tokenizer with parameters"):
+            build.tokenizer(reading(pair_of(**paths), out))
+    few = ("warm_start=0.4", "solver=ddim", "spacing=trailing", "num_head_evaluations=1")
+    few = build.with_overrides(config, [f"sampling.{x}" for x in few])
+    with pytest.raises(build.ConfigError, match=r"warm_start 0\.4 starts from the Gaussian beh"):
+        build.check_law(few, build.tokenizer(few))
+    with pytest.raises(build.ConfigError, match=r"tokenizer\.vq_path is not set: give the folder"):
+        build.tokenizer(pair_of(weights("kl"), None))
+    with pytest.raises(checkpoint.CheckpointError, match=r"kl/weights .*another model"):
+        build.tokenizer(pair_of(weights("kl"), weights("kl")))
+    copied = tmp_path / "out"
+    shutil.copytree(out, copied)
+    content = bytearray((copied / stored.LAW).read_bytes())
+    content[-200] ^= 1
+    (copied / stored.LAW).write_bytes(content)
+    for state in ("damaged", "missing"):
+        with pytest.raises(ValueError, match=rf"code_law.npz is {state}: run the same `arcond enc"):
+            build.tokenizer(reading(config, copied))
+        (copied / stored.LAW).unlink(missing_ok=True)
+    command = ["estimate", "--config", "llamagen_b_256", "--config.data.name=folder"]
+    assert "tokenizer vq gives codes alone, and latents are" in refused(capsys, *command)
 
 
 def test_ten_crops_are_those_of_the_official_code(unpacked, weights, tmp_path):

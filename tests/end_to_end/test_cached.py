@@ -4,11 +4,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from test_cli import assert_one_line
 from test_run import assert_same_run, interrupt
 
-from arcond_jax import build
+from arcond_jax import build, checkpoint
+from arcond_jax.build import tokens
 from arcond_jax.cli import main
+from arcond_jax.evaluation import samples
 from arcond_jax.run import caching, restoring, training
 from arcond_jax.training import writer
 
@@ -64,6 +67,73 @@ def test_it_is_calibrated_sampled_and_evaluated(run, copy_of, tmp_path, capsys):
     assert "digits, held out" in capsys.readouterr().out
     message = "data.name=cache holds no images (it was encoded from digits): give them by "
     assert_one_line(evaluate, capsys, tmp_path, message, "--config.data.directory=IMAGES")
+
+
+@pytest.mark.slow
+def test_a_pair_from_weights_to_scores(tmp_path, capsys):
+    """Measured, encoded, trained on, stopped and gone on with, sampled in one step, and scored."""
+    images, cache, run = (tmp_path / name for name in ("images", "cache", "run"))
+    make_images(images)
+    level = dict(multipliers="(1,1)", width=32, num_blocks=1)
+    own = {"kl": dict(latent_channels=3), "vq": dict(latent_channels=32, num_codes=16)}
+    pair = [
+        f"tokenizer.{name}_{key}={value}"
+        for name in own
+        for key, value in (level | own[name] | {"path": tmp_path / name}).items()
+    ]
+    sizes = [*tiny.BACKBONE, *tiny.HEAD, "tensorar.depth=1", "loss.num_copies=1"]
+    data = ["data.image_size=16", "data.num_classes=2", "data.batch_size=4"]
+    steps = ["training.num_train_steps=3", "training.num_warmup_steps=1", "training.log_every=1"]
+    steps += ["training.dtype=float32"]
+    few = ["warm_start=0.4", "solver=ddim", "spacing=trailing", "num_head_evaluations=1"]
+    given = [*pair, *sizes, *data, *steps, *(f"sampling.{x}" for x in few)]
+    config = build.load_config("joint_xl_imagenet256:joint_tensorar", given)
+    for gives, name in (("latents", "kl"), ("codes", "vq")):
+        part = build.abstract_tokenizer(tokens.part(config, gives))
+        params = tiny.random_params(part.params, scale=0.1)
+        checkpoint.save_tree(f"{tmp_path / name}/weights", {"params": params}, {})
+
+    def arcond(command, *arguments, cached=True, code=0):
+        where = {"cache": cache} if cached else {"folder": images}
+        ((name, directory),) = where.items()
+        places = (f"data.name={name}", f"data.directory={directory}")
+        if command != "sample":
+            arguments += ("--config", "joint_xl_imagenet256:joint_tensorar")
+            arguments += tuple(f"--config.{x}" for x in (*given, *places))
+        assert main.main([command, *map(str, arguments)]) == code
+        return capsys.readouterr()
+
+    measured = arcond("estimate", cached=False).out
+    encoded = arcond("encode", "--out", cache, "--dtype", "float32", cached=False).out
+    assert measured.count("\n") == 2 and encoded.endswith(measured)
+    refused = arcond("train", "--workdir", run, cached=False, code=2).err
+    assert "sampling.warm_start 0.4 starts from the Gaussian behind each code" in refused
+    assert not run.exists()
+    arcond("train", "--workdir", run)
+    rows = writer.read_rows(run / "metrics.jsonl")
+    assert len(rows) == 3 and all(np.isfinite(row["loss"]) for row in rows)
+    assert restoring.restore(run).tokenizer.code_law.cholesky.shape == (16, 3, 3)
+    given[given.index("training.num_train_steps=3")] = "training.num_train_steps=4"
+    arcond("train", "--workdir", run)
+    assert len(writer.read_rows(run / "metrics.jsonl")) == 4
+    out = tmp_path / "samples.npz"
+    arcond("sample", "--checkpoint", run, "--num_images", 20, "--out", out)
+    drawn = samples.read_samples(out)
+    assert drawn.image_uint8.shape == (20, 16, 16, 3) and drawn.image_uint8.std() > 0
+    scored = ["--samples", out, "--checkpoint", run, "--config.data.name=folder"]
+    assert main.main(["evaluate", *map(str, scored), f"--config.data.directory={images}"]) == 0
+    assert "folder, held out" in capsys.readouterr().out
+
+
+def make_images(root):
+    """Two classes of coloured noise, ten to train on and four held out."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 4)):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
 
 
 @pytest.mark.slow

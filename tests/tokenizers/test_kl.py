@@ -10,7 +10,8 @@ import pytest
 
 from arcond_jax import types
 from arcond_jax.nn import conv
-from arcond_jax.tokenizers import kl
+from arcond_jax.tokenizers import kl, law, paired, vq
+from arcond_jax.tokenizers import network as network_lib
 
 HEIGHT, WIDTH, CHANNELS, PATCH = 8, 16, 3, 2
 
@@ -141,3 +142,119 @@ def test_full_size_decodes_an_image():
     print(f"one image of 256x256 decoded in {seconds:.1f} s; {peak:.2f} GiB at the peak")
     assert image.shape == (1, 256, 256, 3) and np.all(np.isfinite(image))
     assert peak < 6  # GiB: a quarter of a small machine, parameters included
+
+
+def pair_of(tokenizer):
+    network = vq.VQAutoencoder(
+        width=32, multipliers=(1, 1, 1), num_blocks=1, latent_channels=32, num_codes=16
+    )
+    codes = network_lib.abstract(network, image_size=(HEIGHT, WIDTH))
+    return paired.abstract(tokenizer, drawn(codes), with_law=False)
+
+
+def test_a_pair_gives_what_each_of_the_two_gives(tokenizer, image):
+    pair, rng = pair_of(tokenizer), jax.random.key(3)
+    assert isinstance(pair, types.Tokenizer) and pair.grid == (2, 4) and pair.code_law is None
+    stored = jax.jit(lambda pair: pair.store(image))(pair)
+    drawn_by_kl, tokens = tokenizer.tokens(stored, rng), pair.tokens(stored, rng)
+    np.testing.assert_array_equal(tokens.latents, drawn_by_kl.latents)
+    mode, expected = pair.tokens(stored).latents, encode(tokenizer, image).latents
+    # Two programs for one network; these differ in the last bits.
+    np.testing.assert_allclose(mode, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(tokens.codes, encode(pair.codes, image).codes)
+    of_latents = types.Tokens(latents=tokens.latents)
+    np.testing.assert_array_equal(decode(pair, tokens), decode(tokenizer, of_latents))
+    of_codes = types.Tokens(codes=tokens.codes)
+    np.testing.assert_array_equal(decode(pair, of_codes), decode(pair.codes, of_codes))
+    with pytest.raises(ValueError, match="No moments are stored"):
+        pair.tokens(types.Stored(codes=tokens.codes))
+
+
+def test_a_pair_has_one_grid(tokenizer):
+    codes = pair_of(tokenizer).codes
+    network = codes.network.clone(multipliers=(1, 1))
+    codes = codes.replace(network=network)
+    with pytest.raises(ValueError, match="on a grid of 2x4 and codes on one of 4x8 are no pair"):
+        paired.abstract(tokenizer, codes, with_law=True)
+
+
+def labelled_latents(num_codes, counts, seed=0):
+    """Latents around the means of their codes, each code with a covariance of its own."""
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(num_codes, CHANNELS))
+    mixing = np.eye(CHANNELS) + 0.4 * rng.normal(size=(num_codes, CHANNELS, CHANNELS))
+    codes = rng.permutation(np.repeat(np.arange(num_codes), counts))
+    noise = np.einsum("nij,nj->ni", mixing[codes], rng.normal(size=(len(codes), CHANNELS)))
+    return means[codes] + 0.7 * noise, codes
+
+
+def test_the_law_of_codes_by_hand():
+    counts = np.array([40, 3, 1, 0, 2000])
+    x, codes = labelled_latents(5, counts)
+    both = [law.sums(x[i], codes[i], num_codes=5) for i in (slice(100), slice(100, None))]
+    found = law.statistics(both[0] + both[1])
+    made = law.code_law(both[0] + both[1])
+
+    c, n, k = CHANNELS, len(x), np.count_nonzero(counts)
+    members = [x[codes == code] for code in range(5)]
+    scatter = [(y - y.mean(0)).T @ (y - y.mean(0)) if len(y) else np.zeros((c, c)) for y in members]
+    pooled = sum(scatter) / (n - k)
+    share = np.trace(pooled) / np.trace(np.cov(x.T))
+    assert found["latent scale"] == pytest.approx(1 / x.std())
+    assert found["var(x | y) / var(x)"] == pytest.approx(share)
+    strength = share / (1 - share)
+    for code, (y, own) in enumerate(zip(members, scatter, strict=True)):
+        size, mean = len(y), x.mean(0)
+        away = y.mean(0) - mean if size else np.zeros(c)
+        after = strength + size
+        spread = c * pooled + own + strength * size / after * np.outer(away, away)
+        covariance = spread / (c + size) * (1 + 1 / after)
+        np.testing.assert_allclose(made.mean[code], mean + size / after * away, atol=1e-6)
+        cholesky = np.asarray(made.cholesky[code], np.float64)
+        np.testing.assert_allclose(cholesky @ cholesky.T, covariance, atol=1e-5)
+        if size == 0:  # all that is known is what all latents are like
+            assert np.trace(covariance) == pytest.approx(np.trace(np.cov(x.T)))
+        if size == 2000:
+            np.testing.assert_allclose(covariance, np.cov(y.T), rtol=0.02, atol=0.01)
+
+
+def test_the_law_of_codes_foretells_latents_better_than_those_of_a_code_or_of_all():
+    x, codes = labelled_latents(300, np.random.default_rng(1).geometric(0.1, 300))
+    seen, held = np.arange(len(x)) % 2 == 0, np.arange(len(x)) % 2 == 1
+    made = law.code_law(law.sums(x[seen], codes[seen], num_codes=300))
+    pooled = law.code_law(law.sums(x[seen]))
+
+    def surprise(mean, cholesky):
+        """Mean negative log-likelihood, of what was not seen."""
+        scaled = np.linalg.solve(cholesky, (x[held] - mean)[..., None])[..., 0]
+        diagonal = np.diagonal(cholesky, axis1=-2, axis2=-1)
+        return float(np.mean(0.5 * (scaled**2).sum(-1) + np.log(diagonal).sum(-1)))
+
+    ours = surprise(np.asarray(made.mean)[codes[held]], np.asarray(made.cholesky)[codes[held]])
+    assert ours < surprise(np.asarray(pooled.mean), np.asarray(pooled.cholesky)) - 0.3
+    own = [x[seen & (codes == code)] for code in range(300)]
+    known = np.array([len(y) > CHANNELS for y in own])[codes[held]]
+    mean = np.array([y.mean(0) if len(y) else np.zeros(CHANNELS) for y in own])
+    spread = [np.cov(y.T) if len(y) > CHANNELS else np.eye(CHANNELS) for y in own]
+    raw = np.linalg.cholesky(np.array(spread))
+    x, held = x[held][known], slice(None)
+    codes = codes[np.arange(len(codes)) % 2 == 1][known]
+    ours = surprise(np.asarray(made.mean)[codes], np.asarray(made.cholesky)[codes])
+    assert ours < surprise(mean[codes], raw[codes]) - 0.1
+
+
+def test_latents_that_are_a_draw_count_as_one_draw_each():
+    """On average over draws, also where codes are rare, whose means follow their latents."""
+    mean, codes = labelled_latents(200, 3)
+    rng = np.random.default_rng(2)
+    variance = rng.uniform(0.5, 1.5, mean.shape)
+    found = law.statistics(law.sums(mean, codes, variance=variance, num_codes=200))
+    draws = (mean + np.sqrt(variance) * rng.normal(size=mean.shape) for _ in range(100))
+    drawn = [law.statistics(law.sums(x, codes, num_codes=200)) for x in draws]
+    for name, value in found.items():  # a draw of 600 latents is off by 5 %, their mean by 0.5 %
+        assert value == pytest.approx(np.mean([x[name] for x in drawn]), rel=0.01)
+
+
+def test_a_law_needs_a_code_that_was_seen_twice():
+    with pytest.raises(ValueError, match=r"3 latents are of as many codes, .*: take more images"):
+        law.code_law(law.sums(np.eye(3), np.arange(3), num_codes=4))
