@@ -118,11 +118,10 @@ def named(name: str, *, slices: int = 1) -> Topology:
         with _quiet():
             made = topologies.get_topology_desc(name, "tpu", num_slices=slices)
     except Exception as error:  # of the plugin: no type of its own
-        if "libtpu" not in str(error) and "not found" not in str(error).lower():
-            raise TopologyError(f"topology {name!r}: {str(error).splitlines()[0]}") from None
-        raise TopologyError(
-            f"topology {name!r} needs the TPU compiler: pip install 'arcond_jax[tpu]'"
-        ) from None
+        why = str(error).splitlines()[0]
+        if "not installed" in why:
+            why = "needs the TPU's compiler: pip install 'arcond_jax[tpu]'"
+        raise TopologyError(f"topology {name!r}: {why}") from None
     memory = GENERATIONS[name.partition(":")[0]].memory
     return Topology(name, made.devices, int(memory * 2**30))
 

@@ -1,5 +1,6 @@
 """What `arcond compile` says of a program is what the program is."""
 
+import importlib.util
 import json
 
 import jax
@@ -93,6 +94,12 @@ def test_bad_input_ends_in_one_line(arguments, message, capsys):
     assert cli.main(["compile", "--config", "digits:ar", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="it is installed")
+def test_a_tpu_needs_its_compiler(capsys):
+    assert cli.main(["compile", "--config", "digits:ar", "--topology", "v5e:4x4"]) == 2
+    assert "pip install 'arcond_jax[tpu]'" in capsys.readouterr().err
 
 
 def test_three_spellings_of_a_topology():

@@ -1,7 +1,7 @@
 """What the TPU's own compiler makes of updates and samplers, without a TPU.
 
-`make tpu` runs these. Small versions take about a minute each on two cores; full sizes, marked slow
-as well, take up to half an hour.
+`make tpu` runs these. Small versions take a few minutes each on two cores; full sizes, marked slow
+as well, up to half an hour.
 """
 
 import math
