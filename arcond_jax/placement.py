@@ -6,11 +6,11 @@ and vocabulary cut). Arrays name their axes logically where they are made; RULES
 What is said of placement inside a model is said here, and says nothing outside `jax.set_mesh`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import DTypeLike
 
@@ -39,9 +39,15 @@ def spec(
     for name, size in zip(names, shape, strict=True):
         cut = None if name is None else RULES[name]
         group = (cut,) if isinstance(cut, str) else cut or ()
-        count = int(np.prod([mesh.shape[axis] for axis in group]))
+        count = math.prod(mesh.shape[axis] for axis in group)
         kept.append(cut if count > 1 and size % count == 0 else None)
     return PartitionSpec(*kept)
+
+
+def num_batch_shards() -> int:
+    """Pieces that a batch is cut into where the program that is being traced runs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:

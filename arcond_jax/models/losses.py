@@ -8,7 +8,6 @@ windows.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from arcond_jax import types
+from arcond_jax import placement, types
 from arcond_jax.diffusion import gaussian
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.models import tensorar, windows
@@ -24,7 +23,7 @@ from arcond_jax.models import tensorar, windows
 # Runs the method of the network that `method` names, with its parameters.
 Apply = Callable[..., Any]
 RowsOf = Callable[[Array, Array, Array], Array]
-POSITIONS = 32  # whose windows are unfolded at a time, or fewer where that does not divide
+ROWS = 2048  # whose windows a device unfolds at a time: each time it gathers weights for them
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -250,7 +249,10 @@ def cross_entropy(
         return jax.lax.scan(lambda _, entry: (None, of_entry(*entry)), None, scanned)[1]
 
     held = (cond, factors, windows.ahead(at, window), targets, counted)
-    count = math.gcd(length, POSITIONS) if window > 1 else length
+    at_most = max(1, ROWS * placement.num_batch_shards() // num_rows)  # positions
+    count = length
+    if window > 1 and at_most < length:
+        count = max(n for n in range(1, at_most + 1) if length % n == 0)
     if count == length:
         total = of_positions(*held)
     else:

@@ -209,6 +209,18 @@ def test_cross_entropy_equals_the_naive_one_over_all_logits(params, tokens):
     )
 
 
+def test_a_few_positions_at_a_time_give_the_same_loss_and_gradient(monkeypatch, params, tokens):
+    def run(params):
+        return WINDOWED_PLAIN.loss(params, tokens, LABEL, RNG)[0]
+
+    whole = jax.jit(jax.value_and_grad(run))(params)
+    monkeypatch.setattr(losses, "ROWS", 3 * BATCH)  # 2 positions, or 1, of an even number
+    pieces = jax.jit(jax.value_and_grad(lambda params: run(params)))(params)
+    np.testing.assert_allclose(pieces[0], whole[0], rtol=1e-6)
+    for ours, theirs in zip(*map(jax.tree.leaves, (pieces[1], whole[1])), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_a_dropped_label_is_the_null_class(joint_params, tokens):
     always = generator(JOINT, **WEIGHTS, label_dropout=1.0)
 
