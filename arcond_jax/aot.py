@@ -29,7 +29,9 @@ from arcond_jax.training import state as state_lib
 
 WHAT = ("train", "sample", "calibrate")
 # What the compiler says of a program that takes too much.
-_TOO_MUCH = re.compile(r"\(?([\d.]+)([KMGT])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT])")
+_TOO_MUCH = re.compile(
+    r"\(?([\d.]+)([KMGT])\)? (?:of [\d.]+[KMGT] hbm|exceeds available HBM)", re.IGNORECASE
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -40,6 +42,7 @@ class Report:
     Attributes:
       what: Of `WHAT`.
       mesh: Devices along each of its axes.
+      slices: That the devices are in; `data` alone goes over their border.
       batch_size: Images of a step, over all devices.
       num_accumulations: Pieces of that batch, one after another.
       remat: What a backward pass computes again.
@@ -57,6 +60,7 @@ class Report:
     topology: str
     what: str
     mesh: dict[str, int]
+    slices: int
     batch_size: int
     num_accumulations: int
     remat: str
@@ -120,6 +124,7 @@ def compile_for(
         topology=topology.name,
         what=what,
         mesh=dict(mesh.shape),
+        slices=topology.slices,
         batch_size=program.num_rows,
         num_accumulations=config.training.num_accumulations if what == "train" else 1,
         remat=config.model.get("remat", "none"),
@@ -151,12 +156,17 @@ def search(
         settings |= change
 
 
+def left_to_change(report: Report, config: build.Config) -> bool:
+    """Whether `search` would go on from a report."""
+    return not report.fits and _change(report, config) is not None
+
+
 def _change(report: Report, config: build.Config) -> dict[str, Any] | None:
     """What to change next of a program that takes too much; None when there is nothing left."""
-    num_devices = math.prod(report.mesh.values())
     excess = report.total / report.limit
     fsdp = report.mesh["fsdp"]
-    wanted = next((x for x in (16, 8, 4, 2) if num_devices % (x * report.mesh["tensor"]) == 0), 1)
+    of_slice = math.prod(report.mesh.values()) // report.slices
+    wanted = next((x for x in (16, 8, 4, 2) if of_slice % (x * report.mesh["tensor"]) == 0), 1)
     if fsdp < wanted:
         return {"mesh.fsdp": wanted, "mesh.data": None}
     shards = report.mesh["data"] * fsdp

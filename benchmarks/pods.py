@@ -3,8 +3,8 @@
     python benchmarks/pods.py --reports reports                 # compiles what is missing: hours
     python benchmarks/pods.py --reports reports --only_table
 
-Each config is compiled for each topology by `arcond compile --search`, which starts from one device
-along fsdp and changes what it must until the update fits. A report is one file, so that the script
+Each config is compiled for each topology by `arcond compile --search`, from 16 devices along fsdp
+on, which changes what it must until the update fits. A report is one file, so that the script
 can be stopped and goes on. Needs 'arcond_jax[tpu]' and no TPU.
 """
 

@@ -21,7 +21,8 @@ cores. cpu and gpu are the devices of this machine. A TPU is compiled for by the
 without a TPU: pip install 'arcond_jax[tpu]'. Full-size steps take minutes to compile; one that does
 not fit is refused in under a minute. Exit code 3: it does not fit."""
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+MORE_DEVICES = "Nothing is left to change: take more devices, a smaller batch or fewer parameters."
 DOES_NOT_FIT = 3  # exit code
 
 
@@ -51,6 +52,9 @@ def main(args: argparse.Namespace) -> int:
     else:
         made.append(aot.compile_for(config, devices, what=args.what))
     print(text(made[-1]))
+    if not made[-1].fits:
+        more = aot.left_to_change(made[-1], config)
+        print("--search looks for what would." if more else MORE_DEVICES)
     if args.json is not None:
         atomic.write_text(args.json, json.dumps([plain(x) for x in made], indent=2) + "\n")
     return 0 if made[-1].fits else DOES_NOT_FIT
@@ -85,15 +89,16 @@ def text(report: aot.Report) -> str:
         + f", remat {report.remat}",
         "",
     ]
-    rows = [[name, f"{size / GIB:.3f}"] for name, size in report.parts.items()]
-    rows += [["while it runs", f"{report.temporary / GIB:.3f}"]]
-    rows += [["all", f"{report.total / GIB:.3f}"], ["there is", f"{report.limit / GIB:.3f}"]]
-    lines += [report_lib.table_text(["memory of a device", "GiB"], rows), ""]
+    held = report.parts | {"while it runs": report.temporary, "all": report.total}
+    unit, size = ("GiB", GIB) if report.total > GIB else ("MiB", MIB)
+    rows = [[name, f"{x / size:.3f}"] for name, x in held.items()]
+    rows += [["there is", f"{report.limit / size:.3f}"]]
+    lines += [report_lib.table_text(["memory of a device", unit], rows), ""]
     if report.fits:
         lines.append(f"It fits, with {100 * report.spare:.0f} % to spare.")
     else:
         over = (report.total - report.limit) / GIB
-        lines.append(f"It does not fit, by {over:.1f} GiB: --search looks for what would.")
+        lines.append(f"It does not fit, by {over:.1f} GiB.")
     if report.operations is not None:
         lines.append(f"{report.operations / 1e12:.3g} TFLOP of matrix products a device and step.")
     if report.collectives is not None:

@@ -56,11 +56,13 @@ class Topology:
       name: As libtpu writes it, "v5e:4x4", or the platform of devices that are here.
       devices: All of them, in no particular order.
       memory: Bytes that a program may take on each; None where nobody says.
+      slices: That they are in.
     """
 
     name: str
     devices: Sequence[Any]
     memory: int | None
+    slices: int = 1
 
 
 class TopologyError(ValueError):
@@ -73,10 +75,14 @@ def canonical(name: str) -> str:
     Raises:
       TopologyError: There is no such generation, layout or number.
     """
-    match = re.fullmatch(r"(\w+?)(?::([\dx]+)|-(\d+))", name.strip().lower())
+    match = re.fullmatch(r"(\w+?)(?::([\dx]+)|-(\d+))?", name.strip().lower())
     generation = ALIASES.get(match[1], match[1]) if match else None
     if match is None or generation not in GENERATIONS:
         raise TopologyError(f"topology {name!r} is none of {_names()}")
+    if not (match[2] or match[3]):
+        raise TopologyError(
+            f"topology {name!r} has no size: {name}:{GENERATIONS[generation].shapes[0]}"
+        )
     kind = GENERATIONS[generation]
     if match[3]:
         fitting = [x for x in kind.shapes if num_chips(x) * kind.cores == int(match[3])]
@@ -105,7 +111,10 @@ def named(name: str, *, slices: int = 1) -> Topology:
     Raises:
       TopologyError: An unknown name; no such devices here; no libtpu.
     """
+    name = name.strip().lower()
     if name in HERE:
+        if slices > 1:
+            raise TopologyError(f"topology {name!r} is this machine, which has no slices")
         try:
             return Topology(name, jax.devices(name), None)
         except RuntimeError:
@@ -123,7 +132,7 @@ def named(name: str, *, slices: int = 1) -> Topology:
             why = "needs the TPU's compiler: pip install 'arcond_jax[tpu]'"
         raise TopologyError(f"topology {name!r}: {why}") from None
     memory = GENERATIONS[name.partition(":")[0]].memory
-    return Topology(name, made.devices, int(memory * 2**30))
+    return Topology(name, made.devices, int(memory * 2**30), slices)
 
 
 @contextlib.contextmanager

@@ -88,6 +88,8 @@ def test_a_program_of_the_command_line(tmp_path, capsys):
             "there is nothing to calibrate",
         ),
         (["--topology", "cpu", "--slices", "0"], "--slices 0 must be at least 1"),
+        (["--topology", "CPU", "--slices", "2"], "this machine, which has no slices"),
+        (["--topology", "v5e"], "topology 'v5e' has no size: v5e:2x2"),
     ],
 )
 def test_bad_input_ends_in_one_line(arguments, message, capsys):
@@ -100,6 +102,39 @@ def test_bad_input_ends_in_one_line(arguments, message, capsys):
 def test_a_tpu_needs_its_compiler(capsys):
     assert cli.main(["compile", "--config", "digits:ar", "--topology", "v5e:4x4"]) == 2
     assert "pip install 'arcond_jax[tpu]'" in capsys.readouterr().err
+
+
+def too_much(**changes):
+    """A report of an update that takes twice what there is."""
+    base = dict(config="", topology="v5e:2x2", what="train", num_accumulations=1, remat="none")
+    base |= dict(mesh={"data": 8, "fsdp": 1, "tensor": 1}, slices=2, batch_size=64)
+    base |= dict(parts={"parameters": 20}, temporary=0, limit=10, fits=False, operations=None)
+    return aot.Report(**base | dict(collectives=None, compile_seconds=1.0) | changes)
+
+
+def test_a_search_changes_what_costs_least_and_ends(config):
+    change = aot._change(too_much(), config)
+    assert change == {"mesh.fsdp": 4, "mesh.data": None}  # not over the border of a slice
+    cut = dict(mesh={"data": 2, "fsdp": 4, "tensor": 1})
+    assert aot._change(too_much(**cut), config) == {"model.remat": "full"}
+    cut |= dict(remat="full")
+    assert aot._change(too_much(**cut), config) == {"training.num_accumulations": 2}
+    cut |= dict(num_accumulations=8)
+    assert not aot.left_to_change(too_much(**cut), config)
+    sampled = too_much(**cut, what="sample")
+    assert aot._change(sampled, config) == {"data.batch_size": 32}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 78.50G of 15.75G hbm.",
+        "the total memory required for HLO temporaries (78.50G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_the_compiler_says_of_too_much_is_read(text):
+    assert aot._TOO_MUCH.search(text).groups() == ("78.50", "G")
+    assert aot._TOO_MUCH.search("Used 20.00M of 16.00M vmem") is None
 
 
 def test_three_spellings_of_a_topology():
