@@ -23,7 +23,6 @@ from jax import export
 from jaxtyping import Array, UInt8
 
 from arcond_jax import atomic, build, types
-from arcond_jax.build import tokens
 from arcond_jax.convert import files
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run import drawing, evaluating, load
@@ -134,9 +133,8 @@ def check_target(out: pathlib.Path) -> None:
 def in_dtype(trained: Trained, dtype: str) -> Trained:
     """The same weights, computed with in another dtype."""
     config = build.changed(trained.config, {"training.dtype": dtype})
-    tokenizer: Any = trained.tokenizer
-    if tokens.kind_of(config).network is not None:
-        tokenizer = dataclasses.replace(tokenizer, network=build.tokenizer_network(config))
+    structure = jax.tree.structure(build.abstract_tokenizer(config))
+    tokenizer = jax.tree.unflatten(structure, jax.tree.leaves(trained.tokenizer))
     return dataclasses.replace(trained, config=config, tokenizer=tokenizer)
 
 

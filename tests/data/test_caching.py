@@ -257,6 +257,26 @@ def test_a_pair_stopped_and_divided_among_processes_is_the_same(pair, tmp_path):
     assert contents(tmp_path / "out") == contents(expected)
 
 
+def test_the_law_of_a_pair_passes_over_damaged_images(pair, weights, tmp_path):
+    whole, _, found = pair
+    source = photographs.write_folder(tmp_path / "source")
+    bad = source / "train" / photographs.CLASSES[0] / "z.jpg"  # the fifth of thirteen
+    bad.write_bytes(photographs.jpeg(7)[:300])
+    config = pair_of(weights("kl"), weights("vq"), f"data.directory={source}")
+    options = caching.Options(dtype="float32", shard_images=3)
+    manifest, ours = caching.encode(config, [], tmp_path / "one", options)
+    assert manifest["failed"] == 1 and ours == pytest.approx(found, rel=1e-6)
+    laws = [stored.read_law(x, records.read_manifest(x)) for x in (whole, tmp_path / "one")]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *laws)
+    for i in (1, 0):
+        processes = dict(process_index=i, process_count=2)
+        caching.encode(config, [], tmp_path / "two", options, **processes)
+    next(tmp_path.glob("two/progress/*1-of-*.npz")).unlink()
+    caching.encode(config, [], tmp_path / "two", options)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert caching.estimate(config, []) == pytest.approx(found, rel=1e-4)
+
+
 def test_what_fits_no_pair_is_refused(pair, weights, tmp_path, capsys):
     out, config, _ = pair
     for name, leaf in (("kl", "to_moments"), ("vq", "to_code")):

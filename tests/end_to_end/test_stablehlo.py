@@ -231,6 +231,12 @@ def test_another_dtype_is_that_of_model_and_tokenizer():
     assert half.config.training.dtype == "bfloat16"
     assert half.tokenizer.network.dtype == jnp.bfloat16
     assert half.params is trained.params
+    overrides = [f"tokenizer.{name}_multipliers=(1,1)" for name in ("kl", "vq")]
+    pair = build.load_config("joint_xl_imagenet256", [*overrides, "training.dtype=float32"])
+    zeros = jax.tree.map(lambda x: np.zeros(1), build.abstract_tokenizer(pair))
+    trained = restoring.Trained(pair, build.mesh(pair), zeros, {}, bank=None, step=0)
+    half = exporting.in_dtype(trained, "bfloat16").tokenizer
+    assert half.latents.network.dtype == half.codes.network.dtype == jnp.bfloat16
 
 
 def test_the_loader_reads_safetensors(tmp_path):
