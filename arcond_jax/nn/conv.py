@@ -120,6 +120,11 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b height width c"]:
         channels = x.shape[-1]
+        if channels % NUM_GROUPS:
+            raise ValueError(
+                f"{channels} channels do not fall into {NUM_GROUPS} groups: the width of a "
+                f"tokenizer is a multiple of {NUM_GROUPS}"
+            )
 
         # Sums go over space first: an array of [..., 32, c / 32] would waste the lanes of a TPU.
         def group_mean(y: Float[Array, "b height width c"]) -> Float[Array, "b 1 1 c"]:

@@ -124,3 +124,9 @@ def test_doubling_by_nearest_and_by_depth():
     # One pixel of eight channels: two channels in each corner, row by row.
     corners = conv.depth_to_space(jnp.arange(8.0).reshape(1, 1, 1, 8))
     np.testing.assert_array_equal(corners[0], [[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
+
+
+def test_a_width_that_falls_into_no_groups_is_refused():
+    narrow = vq.VQAutoencoder(width=8, multipliers=(1, 1), num_codes=16)
+    with pytest.raises(ValueError, match="8 channels do not fall into 32 groups"):
+        network.abstract(narrow, image_size=(8, 8))
