@@ -57,9 +57,14 @@ if [[ -z $LOGS ]]; then LOGS=$(mktemp -d "${TMPDIR:-/tmp}/arcond_processes.XXXXX
 mkdir -p -- "$LOGS"
 echo "logs of processes 1 to $((PROCESSES - 1)): $LOGS" >&2
 
-# shellcheck disable=SC2317,SC2329  # the traps call it
-forward() { for ((i = 0; i < PROCESSES; i++)); do kill "-$1" "${PIDS[i]}" 2>/dev/null || true; done; }
-PIDS=()
+# shellcheck disable=SC2317,SC2329  # the trap calls it
+forward() { # a signal, to those that run
+  local i
+  for ((i = 0; i < ${#PIDS[@]}; i++)); do
+    if [[ -z ${ENDED[i]:-} ]]; then kill "-$1" "${PIDS[i]}" 2>/dev/null || true; fi
+  done
+}
+PIDS=() ENDED=()
 for ((i = 0; i < PROCESSES; i++)); do
   command_of "$i" arcond "$@"
   if ((i)); then
@@ -72,7 +77,6 @@ done
 trap 'forward TERM' TERM INT HUP # a background process of a script does not hear Ctrl-C
 
 CODE=0 RUNNING=$PROCESSES DEADLINE=""
-ENDED=()
 while ((RUNNING)); do
   sleep 0.2 || true
   for ((i = 0; i < PROCESSES; i++)); do

@@ -5,7 +5,8 @@
         [--devices N] [--dry-run]
 
 Start it on all hosts as the run would be: `preflight` of the scripts here does. Process 0 says what
-it found, the others what is wrong with them. Exit code 1 if something is.
+it found, the others what is wrong with them. Exit code 2 if something is,
+after which nothing starts it again.
 """
 
 import argparse
@@ -201,7 +202,7 @@ def main(argv: list[str]) -> int:
         else:
             if jax.process_index() == 0:
                 print(f"ok      {name}: {found}", flush=True)
-    return 1 if failed else 0
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

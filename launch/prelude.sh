@@ -76,6 +76,7 @@ parse_options() { # of a script that has no others; OPERANDS are the rest
 
 load_settings() { # the names that must have a value
   [[ -r $SETTINGS ]] || fail "cannot read the settings $SETTINGS: give a file with --settings"
+  [[ $SETTINGS == */* ]] || SETTINGS=./$SETTINGS # or bash looks along PATH first
   # shellcheck source=launch/settings.sh
   source "$SETTINGS"
   local name
@@ -130,7 +131,7 @@ load_flags() { # LIBTPU_INIT_ARGS is empty unless FLAGS=on
   fi
 }
 
-# COMMAND is what every host runs, to train or before. ARGS splits at spaces: flags, no path with some.
+# COMMAND is what every host runs, to train or before. ARGS splits at spaces: no path that has one.
 load_command() {
   local arguments
   case $1 in

@@ -120,7 +120,6 @@ SKY = record(
     run=TEXT,
     resources=record(
         accelerators=TEXT,
-        accelerator_args=record(runtime_version=TEXT),
         use_spot={"type": bool},
         job_recovery=record(max_restarts_on_errors=COUNT, recover_on_exit_codes=listed(COUNT)),
     ),
@@ -241,6 +240,13 @@ def test_a_wrong_manifest_is_found():
         "manifest.spec.failurePolicy.maxRestart is no field",
         "manifest.spec.replicatedJobs[0].replicas is 'two', no int",
     ]
+
+
+def test_the_settings_are_lines_that_all_read_alike():
+    """Bash and python-dotenv, which SkyPilot has: nothing to expand, quotes around spaces."""
+    for line in (LAUNCH / "settings.sh").read_text().splitlines():
+        if line and not line.startswith("#"):
+            assert re.fullmatch(r"""[A-Z_]+=([^\s"'$`\\#]+|"[^"$`\\]*")""", line), line
 
 
 def test_the_settings_are_of_a_config_that_there_is():

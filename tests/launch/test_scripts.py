@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -232,6 +233,30 @@ def test_local_processes_are_ended_when_one_fails(tmp_path):
     done = launch("launch/local_multiprocess.sh", "--", "train", path=tmp_path)
     assert done.returncode == 3
     assert "process 1 ended with exit code 3" in done.stderr
+
+
+def test_a_signal_reaches_all_local_processes(tmp_path):
+    told = tmp_path / "told"
+    program(
+        tmp_path,
+        "arcond",
+        f"trap 'echo $JAX_PROCESS_ID >>{told}; exit 75' TERM; echo ready; "
+        "for ((i = 0; i < 500; i++)); do sleep 0.1; done",
+    )
+    script = subprocess.Popen(
+        ["bash", "launch/local_multiprocess.sh", "--logs", tmp_path, "--", "train"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert script.stdout.readline() == "ready\n"
+    while (tmp_path / "process_1.log").read_text() != "ready\n":
+        time.sleep(0.05)
+    script.terminate()
+    script.communicate(timeout=60)
+    assert script.returncode == 75
+    assert sorted(told.read_text().split()) == ["0", "1"]
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (75, True)])
