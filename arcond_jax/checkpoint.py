@@ -231,7 +231,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return  # the others do not come to close it, so that to wait for them would be for ever
         self.close()
 
     def _existing(self, step: int | None) -> int:
@@ -290,7 +292,8 @@ def save_tree(directory: str, tree: Tree, metadata: dict[str, Any]) -> None:
       CheckpointError: If the directory exists or cannot be written.
     """
     path = _absolute(directory)
-    if path.exists():
+    # The first process looks, before it lets the others write; they may come when it has begun.
+    if jax.process_index() == 0 and path.exists():
         raise CheckpointError(f"{path} exists: delete it or use another directory.")
     _check_writable(path.parent)
     items = _save_args({"tree": tree}, {"metadata": metadata})

@@ -19,7 +19,7 @@ from jaxtyping import Int, UInt8
 
 from arcond_jax import atomic, build, types
 from arcond_jax.analysis import figures, report, windows
-from arcond_jax.parallel import operations
+from arcond_jax.parallel import operations, processes
 from arcond_jax.run import drawing, restoring
 from arcond_jax.sampling import sampled as sampled_lib
 
@@ -117,7 +117,7 @@ def draw(
     images, kept = [], []
     for image_uint8, sampled in drawer.batches(refiner, prompt, seed=seed, batch_size=batch_size):
         images.append(image_uint8)
-        kept.append(jax.device_get(_of_windows(sampled)))
+        kept.append(processes.fetch(_of_windows(sampled)))
     drafts, emitted = jax.tree.map(lambda *x: np.concatenate(x)[: len(label)], *kept)
     batch = drawing.rows(prompt, 0, len(jax.tree.leaves(kept[0])[0]))
     found = {
@@ -132,6 +132,8 @@ def draw(
         **numbers(config, drafts, emitted, label),
     }
     picture = None if drafts is None else decoded(drawer, drafts[:NUM_SHOWN])
+    if not processes.is_first():
+        return np.concatenate(images)
     report.write_report(page, title=f"Windows of {config.name}", sections=sections(found, picture))
     atomic.write_text(beside, json.dumps(found, indent=2) + "\n")
     return np.concatenate(images)

@@ -14,6 +14,7 @@ from arcond_jax import build, checkpoint
 from arcond_jax.training import loop
 
 REFUSED, UNFORESEEN, INTERRUPTED = 2, 1, 130  # exit codes
+STOPPED = 75  # told to stop, and saved: the same command goes on; EX_TEMPFAIL of sysexits.h
 PACKAGE = pathlib.Path(arcond_jax.__file__).parent
 
 

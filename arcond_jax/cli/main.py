@@ -27,6 +27,7 @@ COMMANDS = (
     "bench",
     "compile",
 )
+TOGETHER = ("train", "calibrate", "sample")  # those that processes on several hosts run as one
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,13 +54,21 @@ def main(argv: list[str] | None = None) -> int:
     # Here, so that the help of a command waits for nothing that it does not show.
     import jax
 
-    from arcond_jax.cli import compilation, failing
+    from arcond_jax.cli import compilation, failing, joining
 
     if jax.config.read("jax_enable_x64"):  # keys would draw other numbers
         logging.warning("JAX_ENABLE_X64 is not heeded: nothing here is computed in 64 bits")
         jax.config.update("jax_enable_x64", False)
     compilation.keep()
-    return failing.guarded(args.command, lambda: module_of(args.command).main(args))
+
+    def run() -> int | None:
+        if args.command in TOGETHER:
+            joining.join(args, argv)
+        return module_of(args.command).main(args)
+
+    code = failing.guarded(args.command, run)
+    joining.leave(code)
+    return code
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
@@ -81,6 +90,10 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             module = module_of(name)
             command.epilog = module.EPILOG
             module.add_arguments(command)
+            if name in TOGETHER:
+                from arcond_jax.cli import joining
+
+                joining.add_arguments(command)
     return parser
 
 

@@ -12,6 +12,7 @@ from arcond_jax.analysis import figures, window_report
 from arcond_jax.cli import paths
 from arcond_jax.data import class_names, images
 from arcond_jax.evaluation import samples
+from arcond_jax.parallel import processes
 from arcond_jax.run import captions as captions_lib
 from arcond_jax.run import drawing, evaluating, refinement, restoring
 from arcond_jax.sampling import mar
@@ -113,6 +114,8 @@ def main(args: argparse.Namespace) -> None:
         image_uint8 = drawing.Drawer(trained, num_known=num_known).images(
             refiner, prompt, seed=args.seed, batch_size=batch_size, known=known
         )
+    if not processes.is_first():
+        return
     samples.write_samples(
         args.out,
         image_uint8,

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from arcond_jax import build
 from arcond_jax.analysis import figures
-from arcond_jax.cli import paths
+from arcond_jax.cli import failing, paths
 from arcond_jax.run import initial, training
 
 EPILOG = """examples:
@@ -18,10 +18,11 @@ EPILOG = """examples:
   arcond train --config mar_base_imagenet256 --init weights/mar --workdir runs/tuned \\
       --init_classes new --config.data.num_classes=3 --config.data.directory=flowers
 
-Run the same command again to resume. Ctrl-C, SIGTERM and SIGHUP save and exit 0 (the & of a shell
-script shields a run from Ctrl-C); Ctrl-C after that ends it at once as long as there is no new step
-to save. Learning rate and clipping may change on the way; --restart_from
-goes back to an earlier checkpoint."""
+Run the same command again to resume. Ctrl-C, SIGTERM and SIGHUP save and exit 75, "start me again"
+(the & of a shell script shields a run from Ctrl-C), where 0 means complete; Ctrl-C after that ends
+it at once as long as there is no new step to save. Learning rate and clipping may change on the
+way; --restart_from goes back to an earlier checkpoint. Several hosts run one process each, started
+alike in a working directory that all of them see: docs/pods.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     config = build.load_config(args.config, args.overrides)
     workdir = args.workdir
 
@@ -61,3 +62,4 @@ def main(args: argparse.Namespace) -> None:
         config, workdir, show=show, start_from=start_from, restart_from=args.restart_from
     )
     print(f"{'complete' if complete else 'stopped and saved'}: {workdir}")
+    return 0 if complete else failing.STOPPED

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from arcond_jax.parallel import mesh as mesh_lib
+from arcond_jax.parallel import processes
 
 SHARE = 0.5  # of the memory that a program's arguments leave; the rest is for what else there is
 CONTAINER_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
@@ -68,10 +69,10 @@ def _of_program(lowered: jax.stages.Lowered, mesh: Mesh) -> float:
 
 
 def of_device(mesh: Mesh) -> int:
-    """Bytes of one device of the mesh; CPU devices have equal parts of the machine's."""
+    """Bytes of one device of the mesh, the same for all processes; a CPU device has its part."""
     devices = mesh.local_devices
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    return limit or _of_machine() // len(devices)
+    return processes.least(limit or _of_machine() // len(devices))
 
 
 def _of_machine() -> int:

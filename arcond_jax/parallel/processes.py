@@ -1,14 +1,127 @@
-"""What a process holds of an array that lies on the devices of all."""
+"""What a process holds of an array that lies on the devices of all, and what all agree on.
 
+With one process each of these is what one would write without it.
+"""
+
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
 from arcond_jax.parallel import mesh as mesh_lib
+
+
+def are_several() -> bool:
+    """Whether this process is one of several; asks for no device."""
+    return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once: files, pictures, lines of progress."""
+    return not are_several() or jax.process_index() == 0
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Process-local rows to global arrays, sharded over the batch axes."""
     sharding = mesh_lib.batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """What every process has whole to its place on the mesh."""
+    if not are_several():
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(functools.partial(_put, sharding=sharding), tree)
+
+
+def _put(x: Any, *, sharding: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and x.sharding == sharding:
+        return x
+    whole = np.asarray(fetch(x))
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays of the devices, whole, to the host of every process; all have to ask."""
+    return jax.tree.map(_fetched, tree)
+
+
+def _fetched(x: Any) -> Any:
+    elsewhere = isinstance(x, jax.Array) and not x.is_fully_addressable
+    if elsewhere and not x.is_fully_replicated:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return jax.device_get(x)
+
+
+def from_first(make: Callable[[], Any], abstract: Any) -> Any:
+    """What `make` gives in the first process, in all of them.
+
+    Two machines may not come to the same numbers to the last bit, and then to different programs.
+
+    Args:
+      abstract: Its shapes and types.
+    """
+    if not are_several():
+        return make()
+    zeros = functools.partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
+    tree = make() if is_first() else zeros(abstract)
+    return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
+
+
+def together() -> None:
+    """Waits for all processes; before one removes or makes what others look for."""
+    if are_several():
+        multihost_utils.sync_global_devices("together")
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether a flag is up on any process; all have to ask, and have one answer."""
+    return bool(_anywhere(flag)) if are_several() else flag
+
+
+class Agreed:
+    """A flag that is up on any process, asked by all at every step without waiting for a device.
+
+    All have the same answer at the same call: with several processes that of the call before.
+    """
+
+    def __init__(self, flag: Callable[[], bool]) -> None:
+        self._flag = flag
+        self._asked: jax.Array | bool = False
+
+    def __call__(self) -> bool:
+        if not are_several():
+            return self._flag()
+        before, self._asked = self._asked, _anywhere(self._flag())
+        return bool(before)
+
+
+def _anywhere(flag: bool) -> jax.Array:
+    mesh = _everywhere()
+    rows = np.full(jax.local_device_count(), flag)
+    with jax.set_mesh(mesh):
+        return _any(put_batch(rows, mesh))
+
+
+@functools.cache
+def _everywhere() -> Mesh:
+    return mesh_lib.make_mesh()
+
+
+@jax.jit
+def _any(flags: jax.Array) -> jax.Array:
+    return jnp.any(flags)
+
+
+def least(number: int) -> int:
+    """The least of a number that processes may know differently; all have to ask."""
+    if not are_several():
+        return number
+    halves = np.asarray(divmod(number, 2**31), np.int32)  # jax has no 64 bits here
+    all_halves = multihost_utils.process_allgather(halves)
+    return min(int(high) * 2**31 + int(low) for high, low in all_halves)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from arcond_jax import build, types
-from arcond_jax.parallel import compiled, memory
+from arcond_jax.parallel import compiled, memory, processes
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run.restoring import Trained
 from arcond_jax.sampling import mar as mar_sampling
@@ -102,20 +102,20 @@ class Drawer:
         Raises:
           NotFiniteError: Of some image a pixel is not a finite number.
         """
-        mesh, tokens = self.trained.mesh, jax.device_get(tokens)
+        mesh, tokens = self.trained.mesh, processes.fetch(tokens)
         num_rows = len(jax.tree.leaves(tokens)[0])
 
         def piece(start: int, size: int) -> tuple[types.Tokenizer, types.Tokens]:
             part = rows(tokens, start, size)
-            return self.trained.tokenizer, jax.device_put(part, mesh_lib.batch_sharding(mesh))
+            return self.trained.tokenizer, processes.put(part, mesh_lib.batch_sharding(mesh))
 
         size = memory.batch_size(
             lambda size: self._decode.lower(*piece(0, size)), num_rows, at_most=DECODED, mesh=mesh
         )
-        pieces = [self._decode(*piece(start, size)) for start in range(0, num_rows, size)]
+        decoded = [self._decode(*piece(start, size)) for start in range(0, num_rows, size)]
+        pieces = processes.fetch(decoded)
         image_uint8, finite, far = (
-            np.concatenate([np.asarray(x) for x in parts])[:num_rows]
-            for parts in zip(*pieces, strict=True)
+            np.concatenate(parts)[:num_rows] for parts in zip(*pieces, strict=True)
         )
         if not finite.all():
             raise NotFiniteError(
@@ -216,7 +216,7 @@ class Drawer:
         mesh, trained, num_rows = self.trained.mesh, self.trained, types.num_rows(prompt)
         even = num_rows == mesh_lib.spread_over(mesh, num_rows)
         place = mesh_lib.batch_sharding(mesh) if even else mesh_lib.replicated(mesh)
-        prompt, rng = jax.device_put(prompt, place), jax.random.key(seed)
+        prompt, rng = processes.put(prompt, place), jax.random.key(seed)
         return trained.params, trained.tokenizer, refiner, rng, prompt, first_row, known
 
     def _tokens(self, params, tokenizer, refiner, rng, prompt, first_row, known):

@@ -56,14 +56,17 @@ def _condition_batches(
         tokens = build.tokens_of(tokenizer, batch)
         return generator.conditions(params, tokens, batch.prompt, rng, **needed.arguments)
 
-    run = compiled.Compiled(run, trained.mesh)
+    place = mesh_lib.batch_sharding(trained.mesh)
+    # Whole where a process has not all devices, so that each can bring the conditions to its host.
+    whole = {"out_shardings": mesh_lib.replicated(trained.mesh)} if processes.are_several() else {}
+    run = compiled.Compiled(run, trained.mesh, **whole)
     source = build.examples(trained.config, split)
     batch_size = mesh_lib.spread_over(trained.mesh, CONDITIONS_BATCH)
     batches = pipeline.full_batches(
         source, batch_size, at_most=at_most, num_threads=trained.config.data.num_threads
     )
     for number, batch in enumerate(batches):
-        placed = processes.put_batch(types.batch_of(batch, batch["label"]), trained.mesh)
+        placed = processes.put(types.batch_of(batch, batch["label"]), place)
         rng = jax.random.fold_in(jax.random.key(CONDITIONS_SEED), number)
         cond = run(trained.params, trained.tokenizer, placed, rng)
         yield cond, batch["label"], batch["valid"]
@@ -129,10 +132,10 @@ def _calibrator(trained: Trained, bank: Any) -> tuple[refiners.Calibrator, Int[n
 def save_bank(trained: Trained, workdir: epath.PathLike) -> None:
     """Writes the bank of a trained model, in place of one of an earlier checkpoint or config."""
     folder = restoring.bank_folder(workdir, trained.step)
-    if folder.exists():
+    if processes.is_first() and folder.exists():
         folder.rmtree()
-    settings = restoring.bank_settings(trained.config)
-    checkpoint.save_tree(str(folder), trained.bank, settings)
+    settings, place = restoring.bank_settings(trained.config), mesh_lib.replicated(trained.mesh)
+    checkpoint.save_tree(str(folder), processes.put(trained.bank, place), settings)
     _remove_others(folder)
 
 
@@ -146,7 +149,8 @@ def save_refiner(
     """
     parent = epath.Path(workdir) / "refiner"
     folder = parent / str(1 + max(_numbers(parent), default=0))
-    checkpoint.save_tree(str(folder), refiner, _refiner_settings(trained, config))
+    placed = processes.put(refiner, mesh_lib.replicated(trained.mesh))
+    checkpoint.save_tree(str(folder), placed, _refiner_settings(trained, config))
     _remove_others(folder)
 
 
@@ -161,6 +165,8 @@ def _numbers(parent: epath.Path) -> list[int]:
 
 
 def _remove_others(folder: epath.Path) -> None:
+    if not processes.is_first():
+        return
     for other in folder.parent.iterdir():
         if other.name != folder.name:
             other.rmtree() if other.is_dir() else other.unlink()

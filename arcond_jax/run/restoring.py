@@ -20,7 +20,7 @@ from arcond_jax import config as config_lib
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.build import tokens
 from arcond_jax.data import class_names
-from arcond_jax.parallel import memory
+from arcond_jax.parallel import memory, processes
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.training import state as state_lib
 
@@ -90,7 +90,7 @@ def restore(
         mesh = build.mesh(config)
         params = params_of(workdir, config, mesh)
         config = for_platform(config, params, mesh) if suited else config
-        tokenizer = jax.device_put(build.tokenizer(config), mesh_lib.replicated(mesh))
+        tokenizer = processes.put(build.tokenizer(config), mesh_lib.replicated(mesh))
         bank = load_bank(workdir, config, mesh, step=0)
         return Trained(config, mesh, tokenizer, params, bank, 0, saved_lib.class_names(saved))
     with _checkpoints(workdir) as checkpoints:
@@ -245,7 +245,8 @@ def keep_tokenizer(workdir: epath.PathLike, tokenizer: types.Tokenizer) -> str:
     folder, sha256 = _tokenizer_folder(workdir), tokens.sha256(tokenizer)
     if folder.is_dir() and checkpoint.load_metadata(str(folder)).get("sha256") == sha256:
         return sha256
-    if folder.is_dir():  # of a run whose checkpoints are gone
+    processes.together()
+    if processes.is_first() and folder.is_dir():  # of a run whose checkpoints are gone
         folder.rmtree()
     checkpoint.save_tree(str(folder), tokenizer, {"sha256": sha256})
     return sha256

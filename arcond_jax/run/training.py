@@ -85,7 +85,7 @@ def train(
     ):
         stop.is_writing = checkpoints.is_writing
         state, tokenizer = fresh or _resumed(config, workdir, checkpoints, batches, restart_from)
-        tokenizer = jax.device_put(tokenizer, mesh_lib.replicated(mesh))
+        tokenizer = processes.put(tokenizer, mesh_lib.replicated(mesh))
         trained = restoring.Trained(
             config, mesh, tokenizer, state.ema, None, int(state.step), batches.class_names
         )
@@ -95,10 +95,10 @@ def train(
             trained = dataclasses.replace(trained, params=state.ema, step=int(state.step))
         checkpoints.wait()
         stop.unsaved = False
-        if stop or trained.step < settings.num_train_steps:
+        if processes.anywhere(bool(stop)) or trained.step < settings.num_train_steps:
             return False
         _fill_bank(trained, workdir)
-        return not stop
+        return not processes.anywhere(bool(stop))
 
 
 def _warn_of_held_out(config: build.Config) -> None:
@@ -139,7 +139,8 @@ def _train(
 
     if trained.step == 0:
         save(0, state)  # from here on the tokenizer is never fitted again
-    atomic.write_text(workdir / "config.json", json.dumps(saved_config, indent=2) + "\n")
+    if processes.is_first():
+        atomic.write_text(workdir / "config.json", json.dumps(saved_config, indent=2) + "\n")
     logging.info("parameters:\n%s", clu.parameter_overview.get_parameter_overview(state.params))
     compiled_step = build.train_step(config, trained.mesh, tokenizer)
 
@@ -202,7 +203,9 @@ def _fresh(
             start_from, config, state.params, mesh, batches.class_names
         )
         state = state_lib.with_params(state, params)
-    tokenizer = tokenizer or build.tokenizer(config)
+    if tokenizer is None:
+        abstract = build.abstract_tokenizer(config)
+        tokenizer = processes.from_first(lambda: build.tokenizer(config), abstract)
     build.check_cache(config, tokenizer)
     build.check_law(config, tokenizer)
     return state, tokenizer
@@ -262,6 +265,8 @@ def _sheets(
                 image_uint8 = drawer.images(refiners.Identity(), prompt, seed=0)
             except drawing.NotFiniteError as error:  # no reason to lose the run
                 logging.warning("no samples at step %d: %s", step, error)
+                return
+            if not processes.is_first():
                 return
             try:
                 show(step, image_uint8, label, trained.class_names)

@@ -20,6 +20,7 @@ import tqdm
 from etils import epath
 
 from arcond_jax import types
+from arcond_jax.parallel import processes
 from arcond_jax.training import state as state_lib
 from arcond_jax.training import stopping
 from arcond_jax.training import writer as writer_lib
@@ -79,16 +80,20 @@ def train(
       DivergedError: Ten updates in a row were skipped, or a tenth of all.
     """
     step = int(state.step)
-    writers = writer_lib.make_writers(workdir, resume_at=step)
+    is_first, told = processes.is_first(), processes.Agreed(lambda: bool(stop))
+    writers = writer_lib.make_writers(workdir, resume_at=step) if is_first else []
     progress = tqdm.tqdm(
-        total=num_train_steps, initial=step, unit="step", disable=not sys.stderr.isatty()
+        total=num_train_steps,
+        initial=step,
+        unit="step",
+        disable=not (is_first and sys.stderr.isatty()),
     )
     interval = _Interval()
     skipped_before = 0
     with progress, contextlib.ExitStack() as at_exit:
         for writer in writers:
             at_exit.callback(writer.close)
-        while step < num_train_steps and not stop:
+        while step < num_train_steps and not told():
             batch = interval.next_of(iterator)
             state, metrics = step_fn(state, batch)
             stop.unsaved = True
@@ -109,7 +114,7 @@ def train(
                     writer.write_scalars(step, scalars)
                     writer.flush()
                 progress.set_postfix(loss=f"{scalars['loss']:.4f}")
-                if progress.disable:
+                if is_first and progress.disable:
                     left = (num_train_steps - step) / scalars["steps_per_second"] / 60
                     with contextlib.suppress(OSError):  # nobody reads it any more
                         print(
@@ -124,8 +129,8 @@ def train(
                     save(step, state)
                 else:
                     logging.warning("step %d is not saved: its update was skipped", step)
-    if stop:
-        logging.info("%s: saving step %d", stop.signal, step)
+    if step < num_train_steps:
+        logging.info("%s: saving step %d", stop.signal or "another process is told to stop", step)
     in_a_row = int(state.skipped_in_a_row)
     if in_a_row > 1:  # one may be chance
         raise DivergedError(_diverged(f"the last {in_a_row} gradients", workdir))

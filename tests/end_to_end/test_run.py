@@ -104,7 +104,7 @@ def test_stopped_by_a_signal_and_resumed_is_uninterrupted(
     workdir = tmp_path / "run"
     with monkeypatch.context() as patched:
         interrupt(patched, at_batch=3, number=number)
-        assert main.main(train_arguments(workdir)) == 0
+        assert main.main(train_arguments(workdir)) == 75
     assert f"stopped and saved: {workdir}" in capsys.readouterr().out
     assert [row["step"] for row in writer.read_rows(workdir / "metrics.jsonl")] == [1, 2, 3]
     assert int(saved_state(workdir).step) == 3

@@ -1,0 +1,73 @@
+"""What processes hold, fetch and agree on: two of them, with four CPU devices each."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+TOGETHER = """
+import argparse
+import sys
+
+import jax
+import numpy as np
+
+from arcond_jax import checkpoint
+from arcond_jax.cli import joining
+from arcond_jax.parallel import mesh as mesh_lib
+from arcond_jax.parallel import processes
+
+given = dict.fromkeys(("coordinator_address", "num_processes", "process_id", "config"))
+joining.join(argparse.Namespace(**given, initialization_timeout=300, overrides=[]), [])
+me = jax.process_index()
+assert processes.are_several() and processes.is_first() == (me == 0)
+
+mesh, x = mesh_lib.make_mesh(), np.arange(8, dtype=np.float32)
+cut = processes.put(x, mesh_lib.batch_sharding(mesh))
+assert cut.shape == (8,) and cut.addressable_shards[0].data.shape == (1,)
+np.testing.assert_array_equal(processes.fetch({"x": cut})["x"], x)
+np.testing.assert_array_equal(processes.fetch(processes.put_batch(x[:4], mesh)), [*x[:4]] * 2)
+
+abstract = {"a": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+made = processes.from_first(lambda: {"a": x + me + 1}, abstract)
+np.testing.assert_array_equal(made["a"], x + 1)
+assert processes.least(2**40 - me) == 2**40 - 1
+assert processes.anywhere(me == 1) and not processes.anywhere(False)
+told = processes.Agreed(lambda: me == 1)
+assert [told(), told()] == [False, True]
+
+placed = processes.put(made, mesh_lib.replicated(mesh))
+checkpoint.save_tree(sys.argv[1], placed, {"b": 1})
+read = checkpoint.load_tree(sys.argv[1], placed)
+np.testing.assert_array_equal(processes.fetch(read["a"]), x + 1)
+print("done")
+"""
+
+
+def run(*arguments):
+    """Exit codes, outputs and errors of both."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{opened.getsockname()[1]}"
+    count = r"(--xla_force_host_platform_device_count)=\d+"
+    flags = re.sub(count, r"\1=4", os.environ["XLA_FLAGS"])
+    there = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, *map(str, arguments)],
+            env={**os.environ, **there, "JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=900) for process in both]
+    return [process.returncode for process in both], *zip(*said, strict=True)
+
+
+def test_what_they_hold_fetch_and_agree_on(tmp_path):
+    codes, outputs, errors = run(tmp_path / "tree")
+    assert codes == [0, 0], errors
+    assert outputs[0].endswith("done\n") and "done" not in outputs[1]
