@@ -269,16 +269,12 @@ def abstract_batch(config: build.Config) -> types.Batch:
     return types.Batch(None, prompt, stored)
 
 
-def _placed(tree: Any, place: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
-
-
 def _whole(tree: Any, mesh: Mesh) -> Any:
-    return _placed(nn.unbox(tree), mesh_lib.replicated(mesh))
+    return mesh_lib.shapes_in(nn.unbox(tree), mesh_lib.replicated(mesh))
 
 
 def _rows(tree: Any, mesh: Mesh) -> Any:
-    return _placed(tree, mesh_lib.batch_sharding(mesh))
+    return mesh_lib.shapes_in(tree, mesh_lib.batch_sharding(mesh))
 
 
 def _zeros(tree: Any) -> Any:

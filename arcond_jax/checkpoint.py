@@ -64,10 +64,7 @@ class Checkpoints:
             policies = []
         else:
             _check_writable(self._directory)
-            policies = [
-                checkpoint_managers.FixedIntervalPolicy(every),
-                checkpoint_managers.PreemptionCheckpointingPolicy(),
-            ]
+            policies = [checkpoint_managers.FixedIntervalPolicy(every)]
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -93,9 +90,9 @@ class Checkpoints:
     ) -> bool:
         """Starts a checkpoint if one is due, and returns whether it did.
 
-        One is due at multiples of `every`, when the scheduler is about to take the machines, and
-        with `force`. The arrays are copied before this returns, so they may be donated; the files
-        are written in the background. A step that this run already saved is not written again.
+        One is due at multiples of `every`, and with `force`. The arrays are copied before this
+        returns, so they may be donated; the files are written in the background. A step that this
+        run already saved is not written again.
 
         Raises:
           CheckpointError: If the directory holds this step or a later one from another run, or a
@@ -189,13 +186,6 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """The newest step saved, None if there is none."""
         return self._manager.latest_step()
-
-    def reached_preemption(self, step: int) -> bool:
-        """Whether the machines will be taken soon; all processes agree on the answer.
-
-        Needs `jax.distributed.initialize`; without it always False.
-        """
-        return self._manager.reached_preemption(step)
 
     def is_writing(self) -> bool:
         """Whether a checkpoint is being written in the background."""

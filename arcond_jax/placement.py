@@ -44,10 +44,16 @@ def spec(
     return PartitionSpec(*kept)
 
 
-def num_batch_shards() -> int:
-    """Pieces that a batch is cut into where the program that is being traced runs."""
-    mesh = jax.sharding.get_abstract_mesh()
+def num_batch_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Pieces that a batch is cut into; None for the mesh that a program is being traced for."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def is_gathering() -> bool:
+    """Whether the program that is being traced has its weights cut along what cuts the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape[FSDP] > 1
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:

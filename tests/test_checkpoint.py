@@ -63,7 +63,6 @@ def test_schedule_and_retention(tmp_path):
         assert [save(checkpoints, step) for step in range(1, 8)] == [False, True] * 3 + [False]
         assert save(checkpoints, 7, force=True)
         assert not save(checkpoints, 7, force=True)  # nothing new to write
-        assert not checkpoints.reached_preemption(7)
     with checkpoint.Checkpoints(str(tmp_path / "run")) as reader:
         assert reader.latest_step() == 7
         with pytest.raises(

@@ -28,14 +28,7 @@ def _ranges(text: str) -> tuple[float, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file")
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        type=paths.file,
-        default=[],
-        help="files or folders of images; default: the data of the config",
-    )
+    prepare.add_encoded_arguments(parser)
     parser.add_argument("--out", required=True, type=paths.file, help="folder to write")
     parser.add_argument("--views", metavar="{one,flip,ten}", help="of each image")
     parser.add_argument(
@@ -53,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"images at a time on each device; default: {caching.BATCH_SIZE}, or what fits",
     )
     prepare.add_on_error(parser)
-    parser.add_argument("--num_threads", type=prepare.count, help="default: one a core")
     prepare.add_process_arguments(parser)
 
 

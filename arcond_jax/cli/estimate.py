@@ -3,7 +3,7 @@
 import argparse
 
 from arcond_jax import build
-from arcond_jax.cli import paths, prepare
+from arcond_jax.cli import prepare
 from arcond_jax.run import caching, measuring
 
 EPILOG = """examples:
@@ -18,21 +18,13 @@ depends. A source is one of `arcond encode`, which prints the same of all images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file")
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        type=paths.file,
-        default=[],
-        help="files or folders of images; default: the data of the config",
-    )
+    prepare.add_encoded_arguments(parser)
     parser.add_argument(
         "--num_images",
         type=prepare.count,
         default=measuring.MEASURED,
         help=f"spread over the training split; default: {measuring.MEASURED}",
     )
-    parser.add_argument("--num_threads", type=prepare.count, help="default: one a core")
 
 
 def main(args: argparse.Namespace) -> None:

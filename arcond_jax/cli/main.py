@@ -8,8 +8,6 @@ import sys
 from importlib import resources
 from types import ModuleType
 
-from arcond_jax.cli import leaving
-
 COMMANDS = (
     "demo",
     "config",
@@ -30,11 +28,8 @@ COMMANDS = (
 TOGETHER = ("train", "calibrate", "sample")  # those that processes on several hosts run as one
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code. Without `argv` this is the program: signals end it."""
-    if argv is None:
-        leaving.on_signals()
-        argv = sys.argv[1:]
+def main(argv: list[str]) -> int:
+    """Runs a command; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # before a library does
     for quieter in ("jax", "matplotlib"):
         logging.getLogger(quieter).setLevel(logging.WARNING)
@@ -106,7 +101,3 @@ def _summary(name: str) -> str:
     """What the docstring of a command says, read without importing it."""
     source = resources.files("arcond_jax.cli").joinpath(f"{name}.py").read_text("utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").partition(": ")[2]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

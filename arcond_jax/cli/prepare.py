@@ -56,6 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_process_arguments(parser)
 
 
+def add_encoded_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of commands that run a config's tokenizer over images."""
+    parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="config file")
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        type=paths.file,
+        default=[],
+        help="files or folders of images; default: the data of the config",
+    )
+    parser.add_argument("--num_threads", type=count, help="default: one a core")
+
+
 def add_on_error(parser: argparse.ArgumentParser) -> None:
     """Of commands that meet images which cannot be read."""
     parser.add_argument(

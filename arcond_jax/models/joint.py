@@ -34,8 +34,8 @@ class Joint(llamagen.LlamaGen, kw_only=True):
         self.denoiser = self.head.clone()
         self.latent_in = linear.Linear((width,), (None, "embed"), True, dtype=dtype)
         shape, axes = (self.length, width), (None, "embed")
-        self.head_position = parameter.table(
-            self, "head_position", parameter.normal_init, shape, axes, dtype
+        self.head_position = parameter.parameter(
+            self, "head_position", parameter.normal_init, shape, axes, dtype, looked_up=True
         )
         if self.num_codes is not None:
             # Its last row stands for a code that is not told.

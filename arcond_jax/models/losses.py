@@ -23,7 +23,8 @@ from arcond_jax.models import tensorar, windows
 # Runs the method of the network that `method` names, with its parameters.
 Apply = Callable[..., Any]
 RowsOf = Callable[[Array, Array, Array], Array]
-ROWS = 2048  # whose windows a device unfolds at a time: each time it gathers weights for them
+# Whose windows a device unfolds at a time: more, where it gathers weights for them each time.
+ROWS, ROWS_A_GATHER = 512, 2048
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -249,10 +250,7 @@ def cross_entropy(
         return jax.lax.scan(lambda _, entry: (None, of_entry(*entry)), None, scanned)[1]
 
     held = (cond, factors, windows.ahead(at, window), targets, counted)
-    at_most = max(1, ROWS * placement.num_batch_shards() // num_rows)  # positions
-    count = length
-    if window > 1 and at_most < length:
-        count = max(n for n in range(1, at_most + 1) if length % n == 0)
+    count = _positions(num_rows, length) if window > 1 else length
     if count == length:
         total = of_positions(*held)
     else:
@@ -261,6 +259,13 @@ def cross_entropy(
         checkpointed = jax.checkpoint(of_positions)
         total = jnp.sum(jax.lax.map(lambda piece: checkpointed(*piece), pieces), axis=0)
     return total / (jnp.sum(counted, axis=0)[:, None] * num_rows)
+
+
+def _positions(num_rows: int, length: int) -> int:
+    """How many positions are unfolded at a time: a divisor of all."""
+    rows = ROWS_A_GATHER if placement.is_gathering() else ROWS
+    at_most = max(1, rows * placement.num_batch_shards() // num_rows)
+    return max(n for n in range(1, min(at_most, length) + 1) if length % n == 0)
 
 
 def _pieces(x: Shaped[Array, "..."], axis: int, count: int) -> Shaped[Array, "pieces ..."]:

@@ -220,7 +220,9 @@ class MAR(nn.Module):
 
     def _table(self, name: str, shape: tuple[int, ...]) -> Array:
         axes = (None,) * (len(shape) - 1) + ("embed",)
-        return parameter.table(self, name, parameter.normal_init, shape, axes, self.dtype)
+        return parameter.parameter(
+            self, name, parameter.normal_init, shape, axes, self.dtype, looked_up=True
+        )
 
     def _block_options(self, num_heads: int) -> dict[str, Any]:
         return dict(

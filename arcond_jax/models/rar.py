@@ -259,7 +259,7 @@ class RAR(nn.Module):
         init: parameter.Initializer = parameter.normal_init,
     ) -> Array:
         axes = (None,) * (len(shape) - 1) + ("embed",)
-        return parameter.table(self, name, init, shape, axes, self.dtype)
+        return parameter.parameter(self, name, init, shape, axes, self.dtype, looked_up=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

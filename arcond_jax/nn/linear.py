@@ -62,5 +62,7 @@ class Embed(nn.Module):
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
         shape = (self.num_rows, self.width)
         axes = ("vocab", "embed")
-        table = parameter.table(self, "table", self.init, shape, axes, self.dtype)
+        table = parameter.parameter(
+            self, "table", self.init, shape, axes, self.dtype, looked_up=True
+        )
         return jnp.take(table, ids, axis=0).astype(self.dtype)

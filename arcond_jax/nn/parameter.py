@@ -24,39 +24,19 @@ def parameter(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     dtype: DTypeLike = jnp.float32,
+    *,
+    looked_up: bool = False,
 ) -> jax.Array:
     """A parameter of `module` in `dtype`, gathered along what cuts the batch.
 
-    The names in `axes` are those of the sharding rules.
+    Args:
+      axes: Names of its axes, as the sharding rules have them.
+      looked_up: Whether it is a table of rows. That is moved in `dtype` but comes as it is stored,
+        so that the gradients of equal rows are added in float32.
     """
-    stored = _stored(module, name, init, shape, axes)
-    return placement.gathered(stored, axes, dtype).astype(dtype)
-
-
-def table(
-    module: nn.Module,
-    name: str,
-    init: Initializer,
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-    dtype: DTypeLike,
-) -> jax.Array:
-    """The same for rows to be looked up: moved in `dtype`, but of the type it is stored in.
-
-    So that the gradients of equal rows are added in float32.
-    """
-    stored = _stored(module, name, init, shape, axes)
-    return placement.gathered(stored, axes, dtype, looked_up=True).astype(stored.dtype)
-
-
-def _stored(
-    module: nn.Module,
-    name: str,
-    init: Initializer,
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-) -> jax.Array:
     # Flax hands back the array itself; only the stored tree is boxed with the names.
-    return jnp.asarray(
+    stored = jnp.asarray(
         module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     )
+    whole = placement.gathered(stored, axes, dtype, looked_up=looked_up)
+    return whole.astype(stored.dtype if looked_up else dtype)

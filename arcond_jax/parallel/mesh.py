@@ -10,7 +10,7 @@ from flax.core import meta
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from arcond_jax.placement import AXES, BATCH, spec
+from arcond_jax.placement import AXES, BATCH, num_batch_shards, spec
 
 
 def make_mesh(
@@ -74,6 +74,11 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
 
 
+def shapes_in(tree: Any, place: NamedSharding) -> Any:
+    """Shapes of a tree whose arrays all lie in one place, to restore into or to compile for."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """First axis over data and fsdp, everything else whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
@@ -82,11 +87,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def num_batch_shards(mesh: Mesh) -> int:
-    """Pieces a batch is cut into; batch sizes must be multiples of it."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def spread_over(mesh: Mesh, num_rows: int) -> int:

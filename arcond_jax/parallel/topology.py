@@ -25,24 +25,22 @@ class Generation:
     Attributes:
       shapes: Layouts of chips that can be had, from small to large.
       memory: GiB of a device.
-      devices: Of a chip, as jax counts them.
       cores: Of a chip, as the names of accelerator types count them: v5p-32 has 16 chips.
     """
 
     shapes: tuple[str, ...]
     memory: float
-    devices: int = 1
     cores: int = 1
 
 
 FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 GENERATIONS = {
-    "v4": Generation(DEEP, 15.25, devices=2, cores=2),
+    "v4": Generation(DEEP, 15.25, cores=2),
     "v5e": Generation(FLAT, 15.75),
     "v5p": Generation(DEEP, 95.74, cores=2),
     "v6e": Generation(FLAT, 31.25),
-    "tpu7x": Generation(DEEP, 94.75, devices=2, cores=2),
+    "tpu7x": Generation(DEEP, 94.75, cores=2),
 }
 ALIASES = {"v5litepod": "v5e"}
 HERE = ("cpu", "gpu")

@@ -154,23 +154,7 @@ def encode(
     source = _AllViews(found, views, config.data.image_size, options.stop_on_error)
     _check_classes(config, source)
     tokenizer = _tokenizer(config, found, out, options)
-    begun = records.read_manifest(out).get("batch_size") if records.is_prepared(out) else None
-    wanted = options.batch_size or begun or BATCH_SIZE
-    wanted = min(wanted, len(source), options.shard_images)
-    encoder = _Encoder(config, tokenizer, source, options.dtype, wanted)
-    if encoder.batch_size < wanted:
-        held = f"memory holds {encoder.batch_size} images at a time on each device"
-        if begun is not None:
-            raise ValueError(
-                f"{out} was begun with batch_size {begun}, {held}: go on where there is more, or "
-                "write to another folder"
-            )
-        logging.warning(
-            "%s, not %d: give --batch_size %d to other machines, for the same bytes",
-            held,
-            wanted,
-            encoder.batch_size,
-        )
+    encoder = _encoder(config, tokenizer, source, out, options)
     kind = tokens.kind_of(config)
     shards = sharded.cut("train", range(0, len(source), options.shard_images), len(source))
     plan = {
@@ -196,9 +180,48 @@ def encode(
     known = sharded.all_known(out, shards)
     if known is None:
         return plan, {}
-    if not kind.parts:
-        manifest = sharded.finish(out, plan, shards, known)
-        return manifest, measuring.of_cache(config, stored.Stored(out))
+    if kind.parts:
+        return _finish_pair(config, out, plan, shards, known)
+    manifest = sharded.finish(out, plan, shards, known)
+    return manifest, measuring.of_cache(config, stored.Stored(out))
+
+
+def _encoder(
+    config: build.Config,
+    tokenizer: types.Tokenizer,
+    source: "_AllViews",
+    out: pathlib.Path,
+    options: Options,
+) -> "_Encoder":
+    """One whose batch is as asked for, or as `out` was begun with: the bytes depend on it."""
+    begun = records.read_manifest(out).get("batch_size") if records.is_prepared(out) else None
+    wanted = options.batch_size or begun or BATCH_SIZE
+    wanted = min(wanted, len(source), options.shard_images)
+    encoder = _Encoder(config, tokenizer, source, options.dtype, wanted)
+    if encoder.batch_size < wanted:
+        held = f"memory holds {encoder.batch_size} images at a time on each device"
+        if begun is not None:
+            raise ValueError(
+                f"{out} was begun with batch_size {begun}, {held}: go on where there is more, or "
+                "write to another folder"
+            )
+        logging.warning(
+            "%s, not %d: give --batch_size %d to other machines, for the same bytes",
+            held,
+            wanted,
+            encoder.batch_size,
+        )
+    return encoder
+
+
+def _finish_pair(
+    config: build.Config,
+    out: pathlib.Path,
+    plan: dict[str, Any],
+    shards: list[sharded.Shard],
+    known: list[dict[str, Any]],
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The Gaussians behind the codes and the manifest, written; what `encode` returns."""
     # In the order of shards, so that they are the same however many processes there were.
     total = measuring.Sums(config).total
     for shard in shards:

@@ -199,10 +199,7 @@ def load_refiner(trained: Trained, workdir: epath.PathLike, config: build.Config
                 f"{value}: the conditions depend on it, so run `arcond calibrate` again"
             )
     shapes = abstract_refiner(dataclasses.replace(trained, config=config))
-    whole = mesh_lib.replicated(trained.mesh)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
-    )
+    abstract = mesh_lib.shapes_in(shapes, mesh_lib.replicated(trained.mesh))
     return checkpoint.load_tree(str(directory), abstract)
 
 

@@ -123,18 +123,13 @@ def load_bank(workdir: epath.PathLike, config: build.Config, mesh: Mesh, *, step
     settings = bank_settings(config)
     if checkpoint.load_metadata(str(folder)) != settings:
         return None
-    return checkpoint.load_tree(str(folder), _whole(shapes, mesh))
+    return checkpoint.load_tree(str(folder), mesh_lib.shapes_in(shapes, mesh_lib.replicated(mesh)))
 
 
 def bank_settings(config: build.Config) -> dict[str, Any]:
     """What the shape of a bank follows from, as JSON."""
     leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: build.empty_bank(config)))
     return {"kind": str(structure), "shapes": [list(x.shape) for x in leaves]}
-
-
-def _whole(shapes: Any, mesh: Mesh) -> Any:
-    place = mesh_lib.replicated(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
 
 def for_platform(config: build.Config, params: types.Params, mesh: Mesh) -> build.Config:
@@ -215,7 +210,7 @@ def read_run(
       checkpoint.CheckpointError: It is damaged, of another model, or the tokenizer of the run is
         gone or another one.
     """
-    tokenizer = _whole(build.abstract_tokenizer(config), mesh)
+    tokenizer = mesh_lib.shapes_in(build.abstract_tokenizer(config), mesh_lib.replicated(mesh))
     state = state_lib.abstract_on(build.abstract_state(config), mesh)
     unread = (*unread, *saved_lib.dropped(saved))
     known = saved_lib.tokenizer_sha256(saved)
