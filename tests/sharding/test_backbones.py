@@ -62,7 +62,8 @@ class Backbone:
     def __init__(self, family):
         self.config = config_of(family)
         self.boxed = build.abstract_params(self.config)
-        self.params = tiny.random_params(self.boxed)
+        # Not so large that a rounding grows from position to position.
+        self.params = tiny.random_params(self.boxed, scale=0.1)
         self.tokenizer = build.tokenizer(self.config)
         split = build.source(self.config, "train")
         self.image = np.stack([split[i]["image"] for i in range(len(LABEL))])
@@ -112,13 +113,13 @@ backbone = functools.cache(Backbone)
 def test_loss_gradient_and_samples_are_those_of_one_device(family, mesh):
     loss, gradient, tokens = backbone(family).on(None)
     mesh_loss, mesh_gradient, mesh_tokens = backbone(family).on(mesh)
-    np.testing.assert_allclose(mesh_loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(mesh_loss, loss, rtol=1e-6)
     norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(gradient)))
     assert norm > 0
     for ours, theirs in zip(jax.tree.leaves(mesh_gradient), jax.tree.leaves(gradient), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * norm)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * norm)
     if tokens.codes is not None:
         np.testing.assert_array_equal(mesh_tokens.codes, tokens.codes)
     if tokens.latents is not None:
-        assert np.abs(tokens.latents).max() > 0.1
-        np.testing.assert_allclose(mesh_tokens.latents, tokens.latents, rtol=1e-3, atol=1e-3)
+        assert np.std(tokens.latents) > 0.1
+        np.testing.assert_allclose(mesh_tokens.latents, tokens.latents, rtol=0, atol=1e-5)
