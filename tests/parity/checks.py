@@ -2,6 +2,7 @@
 
 import checks_captioned
 import checks_diffusion
+import checks_evaluation
 import checks_gpt
 import checks_kl
 import checks_magvit2
@@ -12,6 +13,7 @@ import checks_vq
 CHECKS = {
     **checks_captioned.CHECKS,
     **checks_diffusion.CHECKS,
+    **checks_evaluation.CHECKS,
     **checks_gpt.CHECKS,
     **checks_kl.CHECKS,
     **checks_magvit2.CHECKS,
