@@ -11,7 +11,7 @@ Images are read in batches and never held whole. Pixels are compared on images a
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,15 +130,21 @@ class EvaluationCard:
                 if name in self.measurements
             },
         }
-        width = max(len(name) for section in sections.values() for name in section)
-        lines = []
-        for title, section in sections.items():
-            lines += [title, *(f"  {name:<{width}}  {text}" for name, text in section.items()), ""]
-        lines += [
+        closing = (
             "This Frechet distance is NOT Inception FID: its features are those named above.",
             "Compare it only with cards of the same features, reference and number of samples.",
-        ]
-        return "\n".join(lines)
+        )
+        return sections_text(sections, closing)
+
+
+def sections_text(sections: Mapping[str, Mapping[str, str]], closing: Sequence[str] = ()) -> str:
+    """Named texts below titles, aligned, and lines to close with."""
+    width = max(len(name) for section in sections.values() for name in section)
+    lines = []
+    for title, section in sections.items():
+        if section:
+            lines += [title, *(f"  {name:<{width}}  {text}" for name, text in section.items()), ""]
+    return "\n".join([*lines, *closing])
 
 
 def _listed(settings: Mapping[str, Setting]) -> str:

@@ -6,10 +6,11 @@ sums add up, and so nothing is lost to the square of a mean far from 0. The rows
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
-import scipy.linalg.blas
 from jaxtyping import Float, Float64
+from scipy.linalg import get_blas_funcs
 
 BLOCK_ROWS = 1024  # taken to float64 at a time: 16 MB at 2048 features
 
@@ -89,10 +90,9 @@ class Moments:
         self.count = total
 
     def _add_scatter(self, centred: Float64[np.ndarray, "n d"]) -> None:
-        scatter = self._scatter
-        self._scatter = scipy.linalg.blas.dsyrk(
-            1.0, centred.T, beta=1.0, c=scatter, overwrite_c=True
-        )
+        # In place, and half of the work of a product.
+        add_product: Any = get_blas_funcs("syrk", dtype=np.float64)
+        self._scatter = add_product(1.0, centred.T, beta=1.0, c=self._scatter, overwrite_c=True)
 
 
 def statistics(features: Float[np.ndarray, "n d"]) -> Statistics:
