@@ -3,6 +3,7 @@
 import checks_captioned
 import checks_diffusion
 import checks_gpt
+import checks_inception
 import checks_kl
 import checks_magvit2
 import checks_mar
@@ -13,6 +14,7 @@ CHECKS = {
     **checks_captioned.CHECKS,
     **checks_diffusion.CHECKS,
     **checks_gpt.CHECKS,
+    **checks_inception.CHECKS,
     **checks_kl.CHECKS,
     **checks_magvit2.CHECKS,
     **checks_mar.CHECKS,
