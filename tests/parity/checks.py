@@ -4,6 +4,7 @@ import checks_captioned
 import checks_diffusion
 import checks_evaluation
 import checks_gpt
+import checks_inception
 import checks_kl
 import checks_magvit2
 import checks_mar
@@ -15,6 +16,7 @@ CHECKS = {
     **checks_diffusion.CHECKS,
     **checks_evaluation.CHECKS,
     **checks_gpt.CHECKS,
+    **checks_inception.CHECKS,
     **checks_kl.CHECKS,
     **checks_magvit2.CHECKS,
     **checks_mar.CHECKS,
