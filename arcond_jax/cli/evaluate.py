@@ -86,7 +86,8 @@ class _Printable(Protocol):
 
 def main(args: argparse.Namespace) -> None:
     _check(args)
-    paths.check_apart(samples=args.samples, reference=args.reference, out=args.out)
+    paths.check_apart(samples=args.samples, out=args.out)
+    paths.check_apart(reference=args.reference, out=args.out)
     out = args.out or _beside(args)
     try:
         atomic.check(out)
