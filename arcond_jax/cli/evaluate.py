@@ -154,7 +154,7 @@ def _scored(args: argparse.Namespace) -> scoring.Card:
     config = None
     if args.checkpoint is not None:
         config = restoring.config_for(args.checkpoint, None, args.overrides)
-    made = _Set(_images(args.samples)) if config is None or args.samples else _drawn(args, config)
+    made = _given(args.samples) if config is None or args.samples else _drawn(args, config)
     if args.inception is not None:
         read = network(args)
     else:
@@ -171,7 +171,7 @@ def _scored(args: argparse.Namespace) -> scoring.Card:
         real,
         samples=made.facts,
         total=made.total,
-        num_classes=None if config is None else config.data.num_classes,
+        num_classes=made.num_classes,
         mesh=read.mesh,
         options=scoring.Options(
             distances=args.distances or "float32", singular=args.allow_singular
@@ -184,8 +184,21 @@ class _Set:
     """Images to be scored, what is known of them, and their number where they are drawn."""
 
     images: summary.Images
-    facts: Mapping[str, card.Setting] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, card.Setting]
     total: int | None = None
+    num_classes: int | None = None
+
+
+def _given(path: pathlib.Path) -> _Set:
+    """A file or folder of images, and how they were made where the file says so."""
+    if path.is_dir():
+        return _Set(image_sets.Folder(path), {})
+    about = samples.read_about(path)
+    if about is None:
+        return _Set(image_sets.Npz(path), {})
+    metadata, num_classes = about
+    made = _flat(card.settings_of(metadata)) if metadata else {}
+    return _Set(image_sets.Npz(path), made, num_classes=num_classes)
 
 
 def _drawn(args: argparse.Namespace, config: build.Config) -> _Set:
@@ -206,6 +219,7 @@ def _drawn(args: argparse.Namespace, config: build.Config) -> _Set:
         evaluating.drawn(drawer, refiner, label, seed=seed, batch_size=args.batch_size),
         {"checkpoint": str(args.checkpoint), "labels": kind, **_flat(made)},
         len(label),
+        config.data.num_classes,
     )
 
 
@@ -218,7 +232,3 @@ def _flat(made: card.Settings) -> Mapping[str, card.Setting]:
         **fields["sampling"],
         **(refined or {"refinement": "none"}),
     }
-
-
-def _images(path: pathlib.Path) -> image_sets.ImageSet:
-    return image_sets.Folder(path) if path.is_dir() else image_sets.Npz(path)

@@ -12,7 +12,7 @@ from arcond_jax.cli import main
 from arcond_jax.convert import inception as inception_table
 from arcond_jax.convert import table
 from arcond_jax.data import digits, images
-from arcond_jax.evaluation import classifier, inception, samples
+from arcond_jax.evaluation import classifier, features, inception, samples
 
 TESTS = pathlib.Path(__file__).parents[1]
 PLAIN = "--config.transport.kind=none"
@@ -124,6 +124,7 @@ def test_inception_from_the_command_line(tmp_path, capsys, monkeypatch):
     from checks_inception import drawn_weights
     from golden import load
 
+    monkeypatch.setattr(features, "BATCH_SIZE", 3)
     weights, ref = tmp_path / "inception", tmp_path / "ref.npz"
     golden = load(TESTS / "golden" / "parity" / "fid_inception.npz")
     abstract = inception.abstract_params()
@@ -131,13 +132,13 @@ def test_inception_from_the_command_line(tmp_path, capsys, monkeypatch):
     about = {"source": "random", "source_sha256": "ab" * 32, "published": False}
     inception.save(weights, params, about)
     rng = np.random.default_rng(0)
-    drawn = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    drawn = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     (tmp_path / "pngs").mkdir()
     for i, image in enumerate(drawn):
         Image.fromarray(image).save(tmp_path / "pngs" / f"{i:03d}.png")
-    samples.write_samples(tmp_path / "s.npz", drawn, np.arange(20) % 10, num_classes=10)
+    samples.write_samples(tmp_path / "s.npz", drawn, np.arange(6), num_classes=10)
     (tmp_path / "real").mkdir()
-    for i in range(16):
+    for i in range(6):
         photo = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(photo).save(tmp_path / "real" / f"{i}.png")
     by = ["--inception", weights]
@@ -154,4 +155,4 @@ def test_inception_from_the_command_line(tmp_path, capsys, monkeypatch):
     other = [*evaluate, "--preprocessing", "pytorch_fid"]
     assert_one_line(other, capsys, tmp_path, "was made with preprocessing tf, this evaluation has")
     call(*evaluate)
-    assert "no frechet distance: 20 images are fewer than the 2048" in capsys.readouterr().out
+    assert "no frechet distance: 6 images are fewer than the 2048" in capsys.readouterr().out
