@@ -89,11 +89,10 @@ def summarise(
     total = len(images) if isinstance(images, image_sets.ImageSet) else total
     gathered = _Gathered(extractor, total=total, keep=keep, num_classes=num_classes, width=width)
     checked = _Checked(images, what, image_shape)
+    hidden = None if processes.is_first() else True  # None: where there is no terminal
     with tqdm.tqdm(
-        desc=f"reading {what}", total=total, unit="image", disable=None, mininterval=1.0
+        desc=f"reading {what}", total=total, unit="image", disable=hidden, mininterval=1.0
     ) as progress:
-        if not processes.is_first():
-            progress.disable = True
         for first_row, read in _outputs(checked, extractor, mesh):
             gathered.add(first_row, read, checked.label)
             progress.update(len(read.features))

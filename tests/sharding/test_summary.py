@@ -7,9 +7,12 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import pytest
 
-from arcond_jax.evaluation import features, image_sets, summary
+from arcond_jax.evaluation import features, image_sets, inception, summary
+from arcond_jax.parallel import mesh as mesh_lib
 
 TOYS = pathlib.Path(__file__).parents[1] / "evaluation"
 READ = """
@@ -91,3 +94,31 @@ def test_two_processes_are_as_one(tmp_path, monkeypatch):
     said = [process.communicate(timeout=900) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert said[0][0].endswith("done\n")
+
+
+@pytest.mark.slow
+def test_inception_on_eight_devices_is_as_on_one(monkeypatch):
+    monkeypatch.setattr(features, "BATCH_SIZE", 1)
+    rng = np.random.default_rng(0)
+    abstract = inception.abstract_params()
+    params = jax.tree.map(
+        lambda x: 0.1 * rng.standard_normal(x.shape, np.float32) + (x.ndim == 1), abstract
+    )
+    network = inception.Inception(params, "tf", "float32", "ab" * 32, published=False)
+    images = image_sets.Array(rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
+    mesh = mesh_lib.make_mesh()
+    assert mesh.size == 8
+    everywhere = jax.device_put(network, mesh_lib.replicated(mesh))
+    one, eight = (
+        summary.summarise(images, extractor, mesh=place)
+        for extractor, place in ((network, None), (everywhere, mesh))
+    )
+    for ours, theirs in (
+        (eight.features.mean, one.features.mean),
+        (eight.features.covariance, one.features.covariance),
+        (eight.spatial.mean, one.spatial.mean),
+        (eight.spatial.covariance, one.spatial.covariance),
+        (eight.inception_score, one.inception_score),
+    ):
+        close = 1e-12 * np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=close)
