@@ -97,13 +97,15 @@ class Inception:
 def load(
     folder: epath.PathLike,
     *,
-    preprocessing: Preprocessing = "tf",
-    dtype: Dtype = "float32",
+    preprocessing: str = "tf",
+    dtype: str = "float32",
     place: jax.sharding.Sharding | None = None,
 ) -> Inception:
     """Opens what `arcond convert --family inception` wrote, here or in a bucket.
 
     Args:
+      preprocessing: One of `PREPROCESSINGS`.
+      dtype: Of the arithmetic; one of `DTYPES`.
       place: Where the weights go: on every device of a mesh, to read images cut over it; None for
         the first device.
 
@@ -128,8 +130,8 @@ def load(
     params = checkpoint.load_tree(f"{folder}/{FOLDER}", {"params": shapes})["params"]
     return Inception(
         params=jax.jit(network_lib.folded)(params),
-        preprocessing=preprocessing,
-        dtype=dtype,
+        preprocessing=cast(Preprocessing, preprocessing),
+        dtype=cast(Dtype, dtype),
         sha256=known["source_sha256"],
         published=known["published"],
     )

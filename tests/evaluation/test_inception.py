@@ -93,6 +93,7 @@ def test_converted_weights_say_that_they_are_others(weights, params, tmp_path, c
     assert "exists: delete it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_published_weights_are_known_by_their_digest(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(table_of, "SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
     out = tmp_path / "inception"
