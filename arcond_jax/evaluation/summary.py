@@ -358,7 +358,7 @@ def _on_one(
     images: _Checked, extractor: features_lib.Features
 ) -> Iterator[tuple[int, int, Sequence[Any]]]:
     """First row, number of rows that count, and outputs; processes take turns."""
-    size = features_lib.BATCH_SIZE
+    size = features_lib.batch_size(extractor)
     me = jax.process_index() if processes.are_several() else 0
     several = jax.process_count() if processes.are_several() else 1
     for start, get in images.batches(size * several):
@@ -371,7 +371,7 @@ def _on_all(
     images: _Checked, extractor: features_lib.Features, mesh: Mesh
 ) -> Iterator[tuple[int, int, Sequence[Any]]]:
     """The same, of each device of this process."""
-    place, size = mesh_lib.batch_sharding(mesh), features_lib.BATCH_SIZE
+    place, size = mesh_lib.batch_sharding(mesh), features_lib.batch_size(extractor)
     whole = mesh_lib.spread_over(mesh, 1) * size
     for start, get in images.batches(whole):
         counts: dict[int, int] = {}

@@ -98,7 +98,7 @@ def test_two_processes_are_as_one(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_inception_on_eight_devices_is_as_on_one(monkeypatch):
-    monkeypatch.setattr(features, "BATCH_SIZE", 1)
+    monkeypatch.setattr(features, "BATCH_SIZE", 2)
     rng = np.random.default_rng(0)
     abstract = inception.abstract_params()
     params = jax.tree.map(
