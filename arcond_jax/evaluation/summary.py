@@ -88,7 +88,7 @@ def summarise(
     """
     total = len(images) if isinstance(images, image_sets.ImageSet) else total
     gathered = _Gathered(extractor, total=total, keep=keep, num_classes=num_classes, width=width)
-    checked = _Checked(images, what, image_shape)
+    checked = _Checked(images, what, image_shape, num_classes)
     hidden = None if processes.is_first() else True  # None: where there is no terminal
     with tqdm.tqdm(
         desc=f"reading {what}", total=total, unit="image", disable=hidden, mininterval=1.0
@@ -110,14 +110,21 @@ class _Read(NamedTuple):
 class _Checked:
     """Images in batches of any size asked for, each of which is looked at."""
 
-    def __init__(self, images: Images, what: str, expected: tuple[int, ...] | None) -> None:
-        self._images, self._what, self._expected = images, what, expected
+    def __init__(
+        self,
+        images: Images,
+        what: str,
+        expected: tuple[int, ...] | None,
+        num_classes: int | None,
+    ) -> None:
+        self._images, self._what = images, what
+        self._expected, self._num_classes = expected, num_classes
         self._label: list[np.ndarray | None] = []
         self.image_shape: tuple[int, ...] = ()
         self.count = 0
         if isinstance(images, image_sets.ImageSet):
             self._take_shape(images.image_shape)
-            self._label.append(images.label)
+            self._take_label(images.label, len(images))
 
     @property
     def label(self) -> Int[np.ndarray, " n"] | None:
@@ -147,8 +154,8 @@ class _Checked:
 
     def _taken(self, labelled: Labelled) -> np.ndarray:
         image, label = labelled
-        self._label.append(label)
         image = self._pixels(image)
+        self._take_label(label, len(image))
         self._take_shape(image.shape[1:])
         return image
 
@@ -159,6 +166,18 @@ class _Checked:
                 f"{list(image.shape)}: convert them first."
             )
         return image
+
+    def _take_label(self, label: Int[np.ndarray, " n"] | None, count: int) -> None:
+        self._label.append(label)
+        if label is None or not count:
+            return
+        if len(label) != count:
+            raise ValueError(f"{count} images came with {len(label)} labels.")
+        most = self._num_classes
+        if label.min() < 0 or (most is not None and label.max() >= most):
+            raise ValueError(
+                f"The labels span {label.min()} to {label.max()}, outside the {most} classes."
+            )
 
     def _take_shape(self, image_shape: tuple[int, ...]) -> None:
         image_sets.check_square(image_shape, where=f"the {self._what}")
@@ -217,7 +236,8 @@ class _Gathered:
 
     def _hold(self, rows: Float32[np.ndarray, "n d"], first_row: int) -> None:
         if self._chosen is None:
-            self._blocks.append((first_row, rows.copy()))
+            if self._keep != 0:
+                self._blocks.append((first_row, rows.copy()))
             return
         if self._rows is None:
             self._rows = np.zeros((len(self._chosen), rows.shape[1]), np.float32)
@@ -227,7 +247,6 @@ class _Gathered:
     def summary(self, images: _Checked) -> Summary:
         count, label = images.count, images.label
         assert self._features is not None  # there are images
-        _check_labels(label, count, self._num_classes)
         features, spatial = _merged(self._features), self._spatial and _merged(self._spatial)
         score, hits = scores.InceptionScore(self._num_logits), 0
         for theirs in processes.each(
@@ -296,17 +315,6 @@ def _merged(own: moments.Moments) -> moments.Moments:
     for arrays in processes.each(own.arrays()):
         merged.merge(moments.Moments.of_arrays(arrays))
     return merged
-
-
-def _check_labels(label: Int[np.ndarray, " n"] | None, count: int, num_classes: int | None) -> None:
-    if label is None:
-        return
-    if len(label) != count:
-        raise ValueError(f"{count} images came with {len(label)} labels.")
-    if label.min() < 0 or (num_classes is not None and label.max() >= num_classes):
-        raise ValueError(
-            f"The labels span {label.min()} to {label.max()}, outside the {num_classes} classes."
-        )
 
 
 def _rechunked(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
