@@ -37,8 +37,14 @@ class Progress:
         self._now += count
         self._bar.update(count)
 
+    def restart(self) -> None:
+        """Starts the clock again: what came before was compilation, as a rule."""
+        self._before, self._began = self._now, time.monotonic()
+
     def say_at_times(self) -> None:
         """A line, if the last one was `EVERY` seconds ago and there is something left."""
+        if self._now == self._before:
+            return
         if time.monotonic() - self._said >= EVERY and self._now < self._total:
             self.say()
 

@@ -94,9 +94,11 @@ def draw(
             first_row=done,
         )
         with progress:
-            for image_uint8, _ in batches:
+            for number, (image_uint8, _) in enumerate(batches):
                 kept.add(image_uint8)
                 progress.add(len(image_uint8))
+                if number == 0:
+                    progress.restart()
                 progress.say_at_times()
         return kept.finish(wanted, num_shown)
 

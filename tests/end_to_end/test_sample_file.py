@@ -159,9 +159,9 @@ def test_what_is_no_file_is_refused(finished, capsys):
 def test_progress_says_rate_and_time_left(finished, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(progress, "EVERY", 0.0)
-    sample(finished, tmp_path / "out.npz", count=8)
-    assert re.search(r"4 of 8 images, \S+ a second, \S+ minutes left", caplog.text)
-    assert "8 of 8" not in caplog.text
+    sample(finished, tmp_path / "out.npz", count=12)
+    assert re.search(r"8 of 12 images, \S+ a second, \S+ minutes left", caplog.text)
+    assert "12 of 12" not in caplog.text
 
 
 def test_a_sheet_shows_the_first_images():
