@@ -8,6 +8,7 @@ import numpy as np
 from arcond_jax import atomic, build
 from arcond_jax.analysis import comparison, report
 from arcond_jax.cli import paths
+from arcond_jax.parallel import processes
 from arcond_jax.run import evaluating, restoring
 
 EPILOG = """examples:
@@ -61,5 +62,7 @@ def main(args: argparse.Namespace) -> None:
     )
     header, rows = comparison.table(measured, baseline=systems[0].name)
     print(report.table_text(header, rows))
+    if not processes.is_first():
+        return
     atomic.write_text(out, json.dumps(comparison.as_json(measured), indent=2) + "\n")
     print(f"written: {out}")

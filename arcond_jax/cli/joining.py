@@ -91,9 +91,10 @@ def leave(code: int) -> None:
 
 
 def _config(args: argparse.Namespace) -> str:
-    if args.config is None:
+    config = getattr(args, "config", None)
+    if config is None:
         return json.dumps(args.overrides)
-    loaded = build.load_config(args.config, args.overrides)
+    loaded = build.load_config(config, args.overrides)
     return repr(sorted(config_lib.flat(loaded).items()))
 
 

@@ -19,13 +19,15 @@ COMMANDS = (
     "captions",
     "sample",
     "evaluate",
+    "reference",
     "compare",
     "convert",
     "export",
     "bench",
     "compile",
 )
-TOGETHER = ("train", "calibrate", "sample")  # those that processes on several hosts run as one
+# Those that processes on several hosts run as one.
+TOGETHER = ("train", "calibrate", "sample", "evaluate", "reference", "compare")
 
 
 def main(argv: list[str]) -> int:

@@ -1,6 +1,10 @@
 """Paths as people type them: `~` is their home, and `gs://bucket/run` stays a bucket."""
 
+import contextlib
 import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -13,6 +17,25 @@ def folder(text: str) -> epath.Path:
 def file(text: str) -> pathlib.Path:
     """A file on this machine."""
     return pathlib.Path(text).expanduser()
+
+
+@contextlib.contextmanager
+def local(path: epath.Path) -> Iterator[pathlib.Path]:
+    """A path that is read on this machine; a file in a bucket is copied, and the copy removed.
+
+    Raises:
+      ValueError: It is in a bucket, and no file there.
+    """
+    if "://" not in str(path):
+        yield pathlib.Path(path)
+        return
+    if path.is_dir() or not path.exists():
+        raise ValueError(f"{path} is no file: give that of the weights, or copy the folder here")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / path.name
+        with path.open("rb") as there, copy.open("wb") as here:
+            shutil.copyfileobj(there, here)
+        yield copy
 
 
 def check_apart(**named: pathlib.Path | None) -> None:

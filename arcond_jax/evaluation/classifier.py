@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from arcond_jax import types
 from arcond_jax.data import images
@@ -69,20 +69,25 @@ class Classifier:
         return f"a small classifier trained on {self.trained_on}"
 
     def __call__(
-        self, image: Float[np.ndarray | Array, "b height width channels"]
-    ) -> tuple[Float[Array, "b features"], Float[Array, "b classes"]]:
+        self, image: Shaped[np.ndarray | Array, "b height width channels"]
+    ) -> features.Outputs:
         """Activations of the last hidden layer, in (-1, 1), and logits.
+
+        Args:
+          image: uint8, or floats in [-1, 1].
 
         Raises:
           ValueError: The images are not of the trained shape, or do not become so.
         """
-        image = images.shrink(image, max(features.SMALL, *self.image_shape[:2]))
+        image = images.shrink(images.as_float(image), max(features.SMALL, *self.image_shape[:2]))
         if image.shape[1:] != self.image_shape:
             raise ValueError(
                 f"The classifier was trained on images of shape {self.image_shape}, "
                 f"got {image.shape[1:]}."
             )
-        return _apply(self.params, jnp.asarray(image), num_classes=self.num_classes)
+        return features.Outputs(
+            *_apply(self.params, jnp.asarray(image), num_classes=self.num_classes)
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes an npz file; `load` reads it back bit for bit."""

@@ -4,15 +4,29 @@ Images pass batch by batch, so that no set of photographs is ever whole in memor
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Shaped
 
 from arcond_jax.data import images
 
 BATCH_SIZE = 64  # 200 MB at 512x512 in colour, and a few times that on the way
 SMALL = 32  # pixels a side at most, where pixels themselves are compared
+
+
+class Outputs(NamedTuple):
+    """What is read off a batch of images, float32.
+
+    Attributes:
+      features: To compare sets of images by.
+      logits: Unnormalised log-probabilities of classes.
+      spatial: Features that know where in the image they are, for sFID; None where there are none.
+    """
+
+    features: Float[Array, "b features"]
+    logits: Float[Array, "b classes"]
+    spatial: Float[Array, "b spatial"] | None = None
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -30,10 +44,8 @@ class Features(Protocol):
     @property
     def num_classes(self) -> int: ...
 
-    def __call__(
-        self, image: Float[np.ndarray | Array, "b height width channels"]
-    ) -> tuple[Float[Array, "b features"], Float[Array, "b classes"]]:
-        """Features and unnormalised log-probabilities of images in [-1, 1]."""
+    def __call__(self, image: Shaped[np.ndarray | Array, "b height width channels"]) -> Outputs:
+        """Reads images, uint8 or floats in [-1, 1]."""
         ...
 
 
@@ -89,7 +101,7 @@ def read(extractor: Features, image: Images, *, what: str) -> Reading:
         small.append(images.shrink(batch, SMALL))
         if start:  # filled up, the last batch needs no program of its own
             batch = np.concatenate([batch, np.repeat(batch[-1:], BATCH_SIZE - count, axis=0)])
-        batch_features, batch_logits = extractor(batch)
-        features.append(np.asarray(batch_features, np.float32)[:count])
-        logits.append(np.asarray(batch_logits, np.float32)[:count])
+        outputs = extractor(batch)
+        features.append(np.asarray(outputs.features, np.float32)[:count])
+        logits.append(np.asarray(outputs.logits, np.float32)[:count])
     return Reading(np.concatenate(features), np.concatenate(logits), np.concatenate(small), shape)

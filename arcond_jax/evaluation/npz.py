@@ -130,6 +130,72 @@ def read(
         return arrays
 
 
+class Rows:
+    """An array of an npz file of which a few rows are read at a time, best in their order.
+
+    Attributes:
+      name: Of the array.
+      shape: Of the whole of it.
+    """
+
+    def __init__(self, path: str | os.PathLike, *names: str, what: str) -> None:
+        """Opens the first of `names` that is there.
+
+        Raises:
+          FileNotFoundError: Nothing is there.
+          ValueError: As of `read`, or the array has no rows that lie one after another.
+        """
+        self._path, self._what = path, what
+        held = names_in(path, what=what)
+        found = [name for name in names if name in held]
+        if not found:
+            raise ValueError(f"{path} is not a {what}: it lacks {' or '.join(names)}.")
+        self.name = found[0]
+        self._archive = zipfile.ZipFile(path)
+        try:
+            info = self._archive.getinfo(f"{self.name}.npy")
+            self._file = self._archive.open(info)
+            self.shape, fortran_order, self.dtype = _header(self._file, info)
+            if fortran_order or not self.shape:
+                raise ValueError("its rows do not lie one after another")
+        except Exception as error:
+            raise self._damaged(error) from None
+        self._start = self._file.tell()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self))
+        count, row = max(stop - start, 0), math.prod(self.shape[1:]) * self.dtype.itemsize
+        try:
+            self._file.seek(self._start + start * row)
+            data = self._file.read(count * row)
+            array = np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
+        except Exception as error:
+            raise self._damaged(error) from None
+        return array.astype(self.dtype.newbyteorder("="), copy=False)
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self._path} is not a whole {self._what}: {_line(error)} ({self.name})."
+        )
+
+
+def names_in(path: str | os.PathLike, *, what: str) -> frozenset[str]:
+    """Names of the arrays of an npz file; errors as of `read`."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such {what}.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a whole {what}: truncated, or of another kind.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception as error:  # zipfile raises what it likes for damaged files
+        raise ValueError(f"{path} is not a whole {what}: {_line(error)}.") from None
+    return frozenset(name.removesuffix(".npy") for name in names if name.endswith(".npy"))
+
+
 def whole_number(array: np.ndarray, *, where: str, at_least: int = 0) -> int:
     """The integer that an array of no axes holds.
 
@@ -152,16 +218,8 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     if info.file_size > max(INFLATED, MAX_INFLATION * info.compress_size):
         raise ValueError(f"{info.compress_size} bytes would inflate to {info.file_size}")
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in HEADERS:
-            raise ValueError(f"format {version[0]}.{version[1]} is not read")
-        with warnings.catch_warnings(action="ignore"):  # of odd literals in a header
-            shape, fortran_order, dtype = HEADERS[version](file, max_header_size=MAX_HEADER)
-        if dtype.hasobject:
-            raise ValueError("Object arrays are pickled, which is not read")
+        shape, fortran_order, dtype = _header(file, info)
         size = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or size != info.file_size - file.tell():
-            raise ValueError(f"its header says {dtype} {list(shape)}, which it does not hold")
         order = "F" if fortran_order else "C"
         if size > HELD:
             place, offset = _on_disk(archive, info, file, size)
@@ -200,6 +258,23 @@ def _start_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
     file = _opened(archive)
     file.seek(info.header_offset + 26)
     return info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+
+
+def _header(
+    file: zipfile.ZipExtFile | IO[bytes], info: zipfile.ZipInfo
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type that an array says it has, and has; the file is then at its numbers."""
+    version = np.lib.format.read_magic(file)
+    if version not in HEADERS:
+        raise ValueError(f"format {version[0]}.{version[1]} is not read")
+    with warnings.catch_warnings(action="ignore"):  # of odd literals in a header
+        shape, fortran_order, dtype = HEADERS[version](file, max_header_size=MAX_HEADER)
+    if dtype.hasobject:
+        raise ValueError("Object arrays are pickled, which is not read")
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size != info.file_size - file.tell():
+        raise ValueError(f"its header says {dtype} {list(shape)}, which it does not hold")
+    return shape, fortran_order, dtype
 
 
 def _opened(archive: zipfile.ZipFile) -> IO[bytes]:

@@ -4,7 +4,7 @@ With one process each of these is what one would write without it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float32
 
 from arcond_jax.parallel import mesh as mesh_lib
 
@@ -71,6 +72,33 @@ def from_first(make: Callable[[], Any], abstract: Any) -> Any:
     zeros = functools.partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
     tree = make() if is_first() else zeros(abstract)
     return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
+
+
+def each(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of every process, in their order, bit for bit; all have to ask, with one shape."""
+    if not are_several():
+        yield dict(arrays)
+        return
+    bits = {name: _bits(x) for name, x in arrays.items()}  # jax has no 64 bits here
+    for index in range(jax.process_count()):
+        sent = multihost_utils.broadcast_one_to_all(bits, index == jax.process_index())
+        yield {
+            name: np.asarray(sent[name]).view(x.dtype).reshape(x.shape)
+            for name, x in arrays.items()
+        }
+
+
+def added(rows: Float32[np.ndarray, "n d"], *, at_a_time: int = 1024) -> None:
+    """Adds up in place what processes hold of one array, each row other than 0 in one of them."""
+    if not are_several():
+        return
+    for start in range(0, len(rows), at_a_time):
+        part = rows[start : start + at_a_time]
+        part[:] = np.sum(multihost_utils.process_allgather(part), axis=0)
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint32)
 
 
 def together() -> None:

@@ -141,7 +141,7 @@ class Brightness:
 
     def __call__(self, image):
         rows = jnp.asarray(image).mean(axis=(2, 3))
-        return rows, 9.0 * rows[:, ::2]
+        return features.Outputs(rows, 9.0 * rows[:, ::2])
 
 
 def test_any_features_will_do(stripes):

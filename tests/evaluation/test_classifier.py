@@ -1,10 +1,12 @@
 """The feature extractor: learns, repeats itself, and survives the disk."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from arcond_jax.data import digits
+from arcond_jax.data import digits, images
 from arcond_jax.evaluation import classifier as classifier_lib
 from arcond_jax.evaluation import features, scores
 
@@ -14,7 +16,7 @@ def test_reads_held_out_digits():
     trained = classifier_lib.train_classifier(
         train.image, train.label, num_classes=10, seed=0, num_train_steps=1000
     )
-    logits = np.asarray(trained(held_out.image)[1])
+    logits = np.asarray(trained(held_out.image).logits)
     assert scores.class_accuracy(logits, held_out.label) >= 0.97
 
 
@@ -30,8 +32,7 @@ def test_save_and_load_give_the_same_features(stripes, classifier, tmp_path):
     path = tmp_path / "classifier"
     classifier.save(path)
     loaded = classifier_lib.load(path)
-    for ours, expected in zip(loaded(stripes[0]), classifier(stripes[0]), strict=True):
-        np.testing.assert_array_equal(ours, expected)
+    jax.tree.map(np.testing.assert_array_equal, loaded(stripes[0]), classifier(stripes[0]))
     assert isinstance(loaded, features.Features)
     assert loaded.image_shape == (6, 6, 1)
     assert loaded.num_classes == 3
@@ -107,5 +108,12 @@ def test_photographs_are_read_as_small_images():
     )
     assert trained.image_shape == (32, 32, 3)
     small = image.reshape(6, 32, 2, 32, 2, 3).mean((2, 4))
-    for ours, expected in zip(trained(image), trained(small), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+    jax.tree.map(close, trained(image), trained(small))
+
+
+def test_whole_numbers_are_read_as_what_they_scale_to(stripes, classifier):
+    image_uint8 = images.image_to_uint8(stripes[0][:4])
+    read, scaled = classifier(image_uint8), classifier(images.uint8_to_image(image_uint8))
+    jax.tree.map(np.testing.assert_array_equal, read, scaled)
+    assert read.spatial is None
