@@ -266,8 +266,15 @@ class Checkpoints:
 
 def has_steps(directory: str) -> bool:
     """Whether a directory holds a checkpoint of a run."""
+    return bool(steps_of(directory))
+
+
+def steps_of(directory: str) -> dict[int, float]:
+    """Steps of the checkpoints in a directory, and when each was written, in seconds since 1970."""
     path = _absolute(directory)
-    return path.is_dir() and any(child.name.isdigit() for child in path.iterdir())
+    if not path.is_dir():
+        return {}
+    return {int(x.name): float(x.stat().mtime) for x in path.iterdir() if x.name.isdigit()}
 
 
 def unfinished_name(name: str) -> str:

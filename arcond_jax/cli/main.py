@@ -15,6 +15,7 @@ COMMANDS = (
     "estimate",
     "encode",
     "train",
+    "status",
     "calibrate",
     "captions",
     "sample",

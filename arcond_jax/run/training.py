@@ -16,19 +16,34 @@ from jaxtyping import UInt8
 from arcond_jax import atomic, build, checkpoint, types
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.data import folder, pipeline
+from arcond_jax.parallel import compiled, operations, processes
 from arcond_jax.parallel import mesh as mesh_lib
-from arcond_jax.parallel import processes
 from arcond_jax.run import captions as captions_lib
 from arcond_jax.run import drawing, exclusive, refinement, restoring
 from arcond_jax.run import initial as initial_lib
-from arcond_jax.training import loop, stopping
+from arcond_jax.training import loop, profiling, rates, stopping
 from arcond_jax.training import state as state_lib
+from arcond_jax.training import writer as writer_lib
 from arcond_jax.transport import refiners
 
 # On the sheets drawn while training.
 SAMPLES_PER_CLASS = 10
 MAX_CLASSES = 20  # the first ones
 MAX_UNCHANGED = 0.5  # share of drafts that noise leaves as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """How a run is looked at.
+
+    Attributes:
+      wandb_project: Of Weights & Biases, where its numbers go too.
+      profile: Steps of which a trace is written.
+    """
+
+    wandb_project: str | None = None
+    profile: profiling.Span | None = None
+
 
 Images = UInt8[np.ndarray, "n height width channels"]
 Show = Callable[[int, Images, np.ndarray, tuple[str, ...] | None], None]
@@ -41,6 +56,7 @@ def train(
     show: Show | None = None,
     start_from: initial_lib.Initial | None = None,
     restart_from: int | None = None,
+    watch: Watch | None = None,
 ) -> bool:
     """Trains to `training.num_train_steps`, from the last checkpoint in `workdir` if there is one.
 
@@ -49,6 +65,7 @@ def train(
         `training.samples_every` steps.
       start_from: Weights that a fresh run starts with.
       restart_from: Step of an earlier checkpoint to go on from; later ones are removed.
+      watch: How it is looked at, beside its log in `workdir`.
 
     Returns:
       Whether the run is complete; False if it was told to stop (SIGTERM, SIGINT or SIGHUP), with
@@ -60,7 +77,9 @@ def train(
       checkpoint.CheckpointError: It cannot be written or read.
       loop.DivergedError: Gradients stopped being finite.
     """
-    workdir = epath.Path(workdir)
+    workdir, watch = epath.Path(workdir), watch or Watch()
+    if watch.wandb_project is not None:
+        writer_lib.check_wandb()
     # What a config can get wrong shows before anything is written.
     build.check_trained(config)
     mesh, settings = build.training_mesh(config), config.training
@@ -91,7 +110,7 @@ def train(
         )
         if trained.step < settings.num_train_steps:
             draw = _sheets(trained, captions, show)
-            state = _train(trained, workdir, checkpoints, batches, state, draw, stop)
+            state = _train(trained, workdir, checkpoints, batches, state, draw, stop, watch)
             trained = dataclasses.replace(trained, params=state.ema, step=int(state.step))
         checkpoints.wait()
         stop.unsaved = False
@@ -121,6 +140,7 @@ def _train(
     state: state_lib.TrainState,
     draw: Callable[[int, state_lib.TrainState], None],
     stop: stopping.Stop,
+    watch: Watch,
 ) -> state_lib.TrainState:
     """The state after the last step, or after the one at which the run was told to stop; saved."""
     config, tokenizer, settings = trained.config, trained.tokenizer, trained.config.training
@@ -148,6 +168,14 @@ def _train(
         checkpoints.check()  # no step more than needed where the disk is full
         return compiled_step(state, tokenizer, batch)
 
+    writers = []
+    if processes.is_first():
+        writers = writer_lib.make_writers(
+            workdir,
+            resume_at=trained.step,
+            wandb_project=watch.wandb_project,
+            settings=config.to_dict(),
+        )
     return loop.train(
         state,
         batches,
@@ -162,8 +190,25 @@ def _train(
         draw_samples=draw,
         stop=stop,
         workdir=workdir,
+        work=_work(trained, compiled_step),
+        writers=writers,
+        profile=watch.profile,
         measure=_measure(trained),
     )
+
+
+def _work(trained: restoring.Trained, train_step: compiled.Compiled) -> rates.Work:
+    """What a step does, what is computed again left out."""
+    config, mesh, tokenizer = trained.config, trained.mesh, trained.tokenizer
+    if config.model.get("remat", "none") != "none":
+        plain = build.changed(config, {"model.remat": "none"})
+        train_step = build.train_step(plain, mesh, tokenizer)
+
+    def of_device(state: state_lib.TrainState, batch: types.Batch) -> float | None:
+        total = operations.count(train_step.trace(state, tokenizer, batch).jaxpr)
+        return None if total is None else total / mesh.size
+
+    return rates.Work(config.data.batch_size, of_device)
 
 
 def _measure(trained: restoring.Trained) -> loop.Measure | None:

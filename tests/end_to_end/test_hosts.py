@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from arcond_jax.training import writer
+from arcond_jax.training import rates, writer
 
 SECONDS = 900
 
@@ -53,9 +53,7 @@ def train_arguments(workdir, *more):
 
 def rows(workdir):
     found = writer.read_rows(workdir / "metrics.jsonl")
-    for row in found:
-        del row["steps_per_second"], row["data_wait_share"]
-    return found
+    return [{name: x for name, x in row.items() if name not in rates.NAMES} for row in found]
 
 
 def assert_same_rows(found, wanted):

@@ -78,9 +78,7 @@ def saved_state(workdir):
 
 def rows_without_time(workdir):
     rows = writer.read_rows(workdir / "metrics.jsonl")
-    assert all(row.pop("steps_per_second") > 0 for row in rows)
-    assert all(0 <= row.pop("data_wait_share") < 1 for row in rows)
-    return rows
+    return [{name: x for name, x in row.items() if name not in rates.NAMES} for row in rows]
 
 
 def assert_same_run(workdir, expected):
