@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one_class.add_argument("--class_name", "--class-name", help="the same by its name")
     one_class.add_argument(
         "--labels",
-        choices=("in_turn", "drawn"),
-        default="in_turn",
-        help="classes in turn, or each drawn with the seed; default: in_turn",
+        choices=("balanced", "drawn"),
+        default="balanced",
+        help="classes in turn, or each drawn with the seed; default: balanced",
     )
     parser.add_argument("--captions", type=paths.file, help=".npz of encoded captions")
     parser.add_argument("--seed", type=int, default=0)
@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
     wanted = sample_file.Wanted(
         refiner=refinement.load_refiner(trained, args.checkpoint, config),
         prompt=captions_lib.prompt_of(label, captions),
-        label=label.astype(np.int32),
+        label=label,
         num_classes=count,
         metadata={"label_names": names, **dataclasses.asdict(made)},
         seed=args.seed,
@@ -214,5 +214,5 @@ def _labels(args: argparse.Namespace, count: int, names: Sequence[str] | None) -
             )
         chosen = class_names.label_of(args.class_name, names)
     if chosen is not None:
-        return np.full(num_images, chosen)
-    return drawing.labels(num_images, count, seed=args.seed if args.labels == "drawn" else None)
+        return np.full(num_images, chosen, np.int32)
+    return evaluating.labels(num_images, count, args.labels, seed=args.seed)

@@ -264,18 +264,6 @@ def rows(tree: Any, start: int, size: int) -> Any:
     return jax.tree.map(lambda x: x[np.minimum(np.arange(start, start + size), len(x) - 1)], tree)
 
 
-def labels(
-    num_images: int, num_classes: int, *, seed: int | None = None
-) -> Int[np.ndarray, " num_images"]:
-    """Classes to draw: in turn, so that all have as many images, or uniform with a seed.
-
-    The first of more images have the same ones.
-    """
-    if seed is None:
-        return np.arange(num_images) % num_classes
-    return np.random.default_rng(seed).integers(num_classes, size=num_images)
-
-
 def check_seed(seed: int) -> None:
     """Raises ConfigError for a seed of which a key would keep only a part."""
     if not 0 <= seed < 2**32:

@@ -12,7 +12,7 @@ import pytest
 
 from arcond_jax.cli import main
 from arcond_jax.evaluation import part, samples
-from arcond_jax.run import drawing, progress, sample_file
+from arcond_jax.run import drawing, evaluating, progress, sample_file
 
 PLAIN = "--config.transport.kind=none"
 
@@ -146,8 +146,8 @@ def test_labels_are_drawn_with_the_seed(finished, tmp_path):
     np.testing.assert_array_equal(found["a"].label, found["b"].label)
     assert np.any(found["a"].label != found["c"].label)
     assert np.any(found["a"].label != np.arange(12) % 10)
-    label = drawing.labels(10_000, 10, seed=3)
-    np.testing.assert_array_equal(label[:50], drawing.labels(50, 10, seed=3))
+    label = evaluating.labels(10_000, 10, "drawn", seed=3)
+    np.testing.assert_array_equal(label[:50], evaluating.labels(50, 10, "drawn", seed=3))
     assert np.abs(np.bincount(label, minlength=10) - 1000).max() < 150  # 5 standard deviations
 
 
