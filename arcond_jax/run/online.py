@@ -82,9 +82,12 @@ def judge(config: build.Config, workdir: epath.PathLike) -> Judge | None:
         real = reference_lib.read(path, network.extractor, mesh=network.mesh)
     else:
         real = evaluating.real(config, network)
-    if settings.num_images < real.width:
+    if real.features is None:
+        raise build.ConfigError(f"evaluation.reference {settings.reference} has no statistics")
+    least = real.features.mean.size
+    if settings.num_images < least:
         raise build.ConfigError(
-            f"evaluation.num_images {settings.num_images} must be at least {real.width}, the "
+            f"evaluation.num_images {settings.num_images} must be at least {least}, the "
             "features of the network: the covariance of fewer images is singular"
         )
     return Judge(network, dataclasses.replace(real, rows=None))  # of precision and recall

@@ -105,27 +105,33 @@ def draw(
 
 def settings(trained: restoring.Trained, wanted: Wanted) -> dict[str, Any]:
     """All that the images follow from, by name, as JSON has it; arrays as digests."""
-    config = config_lib.flat(trained.config)
-    chosen = {
-        name: value
-        for name, value in config.items()
-        if name.split(".")[0] not in APART and name not in restoring.FREE_KEYS
-    }
-    more = {
+    made_from = of_model(trained) | {
         "number of images": len(wanted.label),
         "seed": wanted.seed,
-        "checkpoint": trained.step,
-        "training.dtype": config["training.dtype"],
-        "weights": _digest(trained.params),
-        "tokenizer": _digest(trained.tokenizer),
         "refiner": _digest(wanted.refiner),
         "labels": _sha256(wanted.label, wanted.prompt),
         "known tokens": None if wanted.known is None else _sha256(wanted.known),
         "metadata": dict(wanted.metadata),
     }
     if isinstance(wanted.refiner, refiners.InBatch):  # it mixes the rows of a batch
-        more["--batch_size"] = wanted.batch_size
-    return chosen | more
+        made_from["--batch_size"] = wanted.batch_size
+    return made_from
+
+
+def of_model(trained: restoring.Trained) -> dict[str, Any]:
+    """The settings and digests that images of a model follow from."""
+    config = config_lib.flat(trained.config)
+    chosen = {
+        name: value
+        for name, value in config.items()
+        if name.split(".")[0] not in APART and name not in restoring.FREE_KEYS
+    }
+    return chosen | {
+        "checkpoint": trained.step,
+        "training.dtype": config["training.dtype"],
+        "weights": _digest(trained.params),
+        "tokenizer": _digest(trained.tokenizer),
+    }
 
 
 def _digest(tree: Any) -> str:
