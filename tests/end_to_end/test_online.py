@@ -13,23 +13,9 @@ from arcond_jax.evaluation import samples, scoring
 from arcond_jax.run import evaluating, online, restoring, training
 from arcond_jax.training import writer
 
-NUM_IMAGES = 80
-SETTINGS = ("evaluation.every=2", f"evaluation.num_images={NUM_IMAGES}", "transport.kind=none")
+NUM_IMAGES = tiny.NUM_SCORED
 FD = f"evaluation/{online.SCORE}"
-
-
-def config(*more):
-    small = (x for x in tiny.overrides("ar") if not x.startswith("transport"))
-    settings = (*small, *SETTINGS, "training.log_every=3", *more)
-    return build.load_config("digits:ar", settings)
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory):
-    """Never stopped."""
-    workdir = tmp_path_factory.mktemp("scored") / "run"
-    assert training.train(config(), workdir)
-    return workdir
+config = tiny.scored_config
 
 
 def rows(workdir):

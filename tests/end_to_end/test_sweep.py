@@ -11,13 +11,12 @@ from arcond_jax.cli import main
 from arcond_jax.evaluation import frechet, jackknife, moments
 from arcond_jax.run import sweep
 
-PLAIN = "--config.transport.kind=none"
 NUM_IMAGES = 200
-OVER = ("sampling.guidance_scale=1,2", "sampling.code_temperature=0.5")
+OVER = ("sampling.guidance_scale=1,2", "sampling.latent_temperature=0.5")
 
 
 def run(workdir, out, *more, over=OVER, num_images=NUM_IMAGES):
-    given = ["--checkpoint", workdir, "--num_images", num_images, "--out", out, PLAIN, *more]
+    given = ["--checkpoint", workdir, "--num_images", num_images, "--out", out, *more]
     return main.main(["sweep", *map(str, given), *(x for text in over for x in ("--over", text))])
 
 
@@ -26,18 +25,9 @@ def table(out):
 
 
 @pytest.fixture(scope="module")
-def workdir(finished, tmp_path_factory):
-    """With a classifier that is trained once."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "checkpoints").symlink_to(finished / "checkpoints")
-    (folder / "tokenizer").symlink_to(finished / "tokenizer")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def swept(workdir, tmp_path_factory):
+def swept(scored, tmp_path_factory):
     out = tmp_path_factory.mktemp("swept") / "sweep"
-    assert run(workdir, out) == 0
+    assert run(scored, out) == 0
     return out
 
 
@@ -56,30 +46,30 @@ def test_all_cells_are_scored_with_their_errors(swept):
     assert min(PIL.Image.open(swept / "sweep.png").size) > 500
 
 
-def test_a_cell_is_what_evaluate_says(swept, workdir, tmp_path):
+def test_a_cell_is_what_evaluate_says(swept, scored, tmp_path):
     row = table(swept)["rows"][1]
     settings = [f"--config.{name}={x}" for name, x in row["settings"].items()]
-    given = ["--checkpoint", workdir, "--num_images", NUM_IMAGES, "--out", tmp_path / "card.json"]
-    assert main.main(["evaluate", *map(str, given), PLAIN, *settings]) == 0
+    given = ["--checkpoint", scored, "--num_images", NUM_IMAGES, "--out", tmp_path / "card.json"]
+    assert main.main(["evaluate", *map(str, given), *settings]) == 0
     measured = json.loads((tmp_path / "card.json").read_text())["measurements"]
     assert measured["frechet_distance"] == pytest.approx(row["frechet_distance"], rel=1e-5)
 
 
-def test_it_goes_on_with_what_is_there(swept, workdir, tmp_path, monkeypatch):
+def test_it_goes_on_with_what_is_there(swept, scored, tmp_path, monkeypatch):
     whole = table(swept)
     out = tmp_path / "sweep"
     out.mkdir()
     kept = whole | {"rows": whole["rows"][:1]}
     (out / sweep.TABLE).write_text(json.dumps(kept))
-    scored, score = [], sweep.Sweep._score
+    drawn, score = [], sweep.Sweep._score
 
     def counted(self, i, num_images):
-        scored.append(i)
+        drawn.append(i)
         return score(self, i, num_images)
 
     monkeypatch.setattr(sweep.Sweep, "_score", counted)
-    assert run(workdir, out) == 0
-    assert scored == [1]
+    assert run(scored, out) == 0
+    assert drawn == [1]
     rows, before = table(out)["rows"], whole["rows"]
     for row in (*rows, *before):
         del row["seconds"]
@@ -102,11 +92,11 @@ def test_it_goes_on_with_what_is_there(swept, workdir, tmp_path, monkeypatch):
     ],
 )
 def test_what_is_wrong_is_one_line_and_draws_nothing(
-    over, more, message, swept, workdir, monkeypatch, capsys
+    over, more, message, swept, scored, monkeypatch, capsys
 ):
     monkeypatch.setattr(sweep.Sweep, "_score", None)
     before = (swept / sweep.TABLE).read_bytes()
-    assert run(workdir, swept, *more, over=over) == 2
+    assert run(scored, swept, *more, over=over) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error
     assert (swept / sweep.TABLE).read_bytes() == before
@@ -128,11 +118,11 @@ def test_rounds_of_halving(cells, images, least, expected):
 
 
 @pytest.mark.slow
-def test_halving_ends_with_one_of_all_images(workdir, tmp_path):
+def test_halving_ends_with_one_of_all_images(scored, tmp_path):
     out, all_of_all = tmp_path / "sweep", tmp_path / "all"
-    over = (OVER[0], "sampling.code_temperature=0.5,1.0")
-    assert run(workdir, out, "--halving", over=over) == 0
-    assert run(workdir, all_of_all, over=over) == 0
+    over = (OVER[0], "sampling.latent_temperature=0.5,1.0")
+    assert run(scored, out, "--halving", over=over) == 0
+    assert run(scored, all_of_all, over=over) == 0
     counts = [row["num_images"] for row in table(out)["rows"]]
     assert counts == [50] * 4 + [100] * 2 + [200]
     last, whole = table(out)["rows"][-1], table(all_of_all)["rows"]
