@@ -20,6 +20,7 @@ from arcond_jax import build, types
 from arcond_jax import config as config_lib
 from arcond_jax.data import images
 from arcond_jax.evaluation import card, paired
+from arcond_jax.parallel import processes
 from arcond_jax.run import drawing, evaluating, refinement, restoring
 from arcond_jax.transport import drift
 
@@ -100,8 +101,9 @@ def compare(
     seeds: Sequence[int],
 ) -> dict[str, Measured]:
     """Samples and scores every system with every seed."""
-    # XLA compiles one program on one core, so two threads halve the wait.
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    # XLA compiles one program on one core, so two threads halve the wait. Processes have to run
+    # theirs in one order.
+    with concurrent.futures.ThreadPoolExecutor(1 if processes.are_several() else 2) as pool:
         prepared = list(
             pool.map(lambda system: _Prepared(system, models[system.model], label), systems)
         )

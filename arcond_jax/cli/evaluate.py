@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from arcond_jax import atomic, build
 from arcond_jax.cli import paths
 from arcond_jax.data import images
-from arcond_jax.evaluation import card, image_sets, inception, samples, scoring
+from arcond_jax.evaluation import card, image_sets, inception, samples, scoring, summary
 from arcond_jax.evaluation import reference as reference_lib
 from arcond_jax.parallel import processes
 from arcond_jax.run import drawing, evaluating, refinement, restoring
@@ -86,7 +86,8 @@ class _Printable(Protocol):
 
 def main(args: argparse.Namespace) -> None:
     _check(args)
-    paths.check_apart(samples=args.samples, reference=args.reference, out=args.out)
+    paths.check_apart(samples=args.samples, out=args.out)
+    paths.check_apart(reference=args.reference, out=args.out)
     out = args.out or _beside(args)
     try:
         atomic.check(out)
@@ -150,34 +151,58 @@ def _by_classifier(args: argparse.Namespace) -> card.EvaluationCard:
 
 
 def _scored(args: argparse.Namespace) -> scoring.Card:
-    found = None if args.samples is None else _images(args.samples)
     config = None
     if args.checkpoint is not None:
         config = restoring.config_for(args.checkpoint, None, args.overrides)
+    made = _given(args.samples) if config is None or args.samples else _drawn(args, config)
     if args.inception is not None:
         read = network(args)
     else:
         assert config is not None and args.checkpoint is not None  # `_check`
         read = evaluating.classifier(config, args.checkpoint)
-    if args.reference is None:
-        assert config is not None
-        reference = evaluating.real(config, read)
+    if args.reference is not None:
+        real = reference_lib.read(args.reference, read.extractor, mesh=read.mesh)
     else:
-        reference = reference_lib.read(args.reference, read.extractor, mesh=read.mesh)
-    options = scoring.Options(distances=args.distances or "float32", singular=args.allow_singular)
-    if found is not None:
-        return scoring.score(found, read.extractor, reference, mesh=read.mesh, options=options)
-    assert config is not None
-    return _drawn(args, config, read, reference, options)
+        assert config is not None
+        real = evaluating.real(config, read)
+    return scoring.score(
+        made.images,
+        read.extractor,
+        real,
+        samples=made.facts,
+        total=made.total,
+        num_classes=made.num_classes,
+        mesh=read.mesh,
+        options=scoring.Options(
+            distances=args.distances or "float32", singular=args.allow_singular
+        ),
+    )
 
 
-def _drawn(
-    args: argparse.Namespace,
-    config: build.Config,
-    read: evaluating.Network,
-    reference: reference_lib.Reference,
-    options: scoring.Options,
-) -> scoring.Card:
+@dataclasses.dataclass(frozen=True)
+class _Set:
+    """Images to be scored, what is known of them, and their number where they are drawn."""
+
+    images: summary.Images
+    facts: Mapping[str, card.Setting]
+    total: int | None = None
+    num_classes: int | None = None
+
+
+def _given(path: pathlib.Path) -> _Set:
+    """A file or folder of images, and how they were made where the file says so."""
+    if path.is_dir():
+        return _Set(image_sets.Folder(path), {})
+    about = samples.read_about(path)
+    if about is None:
+        return _Set(image_sets.Npz(path), {})
+    metadata, num_classes = about
+    made = _flat(card.settings_of(metadata)) if metadata else {}
+    return _Set(image_sets.Npz(path), made, num_classes=num_classes)
+
+
+def _drawn(args: argparse.Namespace, config: build.Config) -> _Set:
+    """Images that are drawn as they are read; whatever is missing for that is found here."""
     if build.family_of(config).prompts == "captions":
         raise build.ConfigError(
             f"the model {config.name} draws captions: draw by `arcond sample --captions`, and give "
@@ -186,21 +211,15 @@ def _drawn(
     seed, kind = args.seed or 0, args.labels or "balanced"
     drawing.check_seed(seed)
     trained = restoring.restore(args.checkpoint, config=config)
-    config = trained.config
-    refiner = refinement.load_refiner(trained, args.checkpoint, config)
+    refiner = refinement.load_refiner(trained, args.checkpoint, trained.config)
     label = evaluating.labels(args.num_images, config.data.num_classes, kind, seed=seed)
-    made = evaluating.provenance(trained, config, seed=seed)
-    return scoring.score(
-        evaluating.drawn(
-            drawing.Drawer(trained), refiner, label, seed=seed, batch_size=args.batch_size
-        ),
-        read.extractor,
-        reference,
-        samples={"checkpoint": str(args.checkpoint), "labels": kind, **_flat(made)},
-        total=len(label),
-        num_classes=config.data.num_classes,
-        mesh=read.mesh,
-        options=options,
+    made = evaluating.provenance(trained, trained.config, seed=seed)
+    drawer = drawing.Drawer(trained)
+    return _Set(
+        evaluating.drawn(drawer, refiner, label, seed=seed, batch_size=args.batch_size),
+        {"checkpoint": str(args.checkpoint), "labels": kind, **_flat(made)},
+        len(label),
+        config.data.num_classes,
     )
 
 
@@ -213,7 +232,3 @@ def _flat(made: card.Settings) -> Mapping[str, card.Setting]:
         **fields["sampling"],
         **(refined or {"refinement": "none"}),
     }
-
-
-def _images(path: pathlib.Path) -> image_sets.ImageSet:
-    return image_sets.Folder(path) if path.is_dir() else image_sets.Npz(path)

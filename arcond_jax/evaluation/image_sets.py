@@ -89,7 +89,11 @@ class Npz:
                     f"{path}: {shape[0]} images need as many integer labels, got "
                     f"{self.label.dtype} {list(self.label.shape)}."
                 )
-        self.facts: dict[str, Setting] = {"file": os.fspath(path), "sha256": sha256(path)}
+        self.facts: dict[str, Setting] = {
+            "file": os.fspath(path),
+            "sha256": sha256(path),
+            "image conversion": "none, uint8 in the file",
+        }
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -132,6 +136,7 @@ class Folder:
             "folder": str(self._folder),
             "sha256 of names and sizes": digest.of_json(sizes),
             **cropped(image_size, resize),
+            "image conversion": "RGB of 8 bits by PIL",
         }
 
     def __len__(self) -> int:
@@ -172,9 +177,8 @@ class Split:
         self.image_shape, self.label = tuple(source.image_shape), source.label
         check_square(self.image_shape, where="the split")
         scaled = source.image_dtype != np.uint8
-        self.facts = dict(facts) | (
-            {"image conversion": "[-1, 1] rounded to uint8"} if scaled else {}
-        )
+        conversion = "[-1, 1] rounded to uint8" if scaled else "RGB of 8 bits by PIL"
+        self.facts = {**facts, "image conversion": conversion}
 
     def __len__(self) -> int:
         return len(self._source)

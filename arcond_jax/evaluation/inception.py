@@ -33,6 +33,7 @@ from arcond_jax.nn import inception as network_lib
 FOLDER = "extractor"  # in that of the converted weights
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PREPROCESSINGS = ("tf", "pytorch_fid")
+CPU_ROWS = 8  # images at a time
 SHOWN = 12  # digits of a sha256 on a card
 
 Preprocessing = Literal["tf", "pytorch_fid"]
@@ -44,6 +45,7 @@ class Inception:
     """The network with its weights, as `features.Features`; a tree, to be placed on devices.
 
     Attributes:
+      params: As `nn.inception.folded` leaves them.
       preprocessing: How images are brought to the network's size; `PREPROCESSINGS`.
       dtype: Of its arithmetic; sums, features and logits are float32.
       sha256: Of the file that its weights are from.
@@ -70,6 +72,11 @@ class Inception:
         """Classes of the logits; which of ImageNet's they are is not published."""
         return network_lib.NUM_CLASSES
 
+    @property
+    def batch_size(self) -> int:
+        """Images that suit a device at a time; see `features.batch_size`."""
+        return CPU_ROWS if jax.default_backend() == "cpu" else features.BATCH_SIZE
+
     def __call__(
         self, image: Shaped[np.ndarray | Array, "b height width channels"]
     ) -> features.Outputs:
@@ -88,19 +95,22 @@ class Inception:
         if image.shape[-1] not in (1, 3):
             raise ValueError(f"Images must have 1 or 3 channels, got shape {image.shape}.")
         prepared = prepare(image, preprocessing=self.preprocessing)
-        return features.Outputs(*outputs(self.params, prepared, dtype=self.dtype))
+        rows = _rows(prepared)
+        return features.Outputs(*outputs(self.params, prepared, dtype=self.dtype, rows=rows))
 
 
 def load(
     folder: epath.PathLike,
     *,
-    preprocessing: Preprocessing = "tf",
-    dtype: Dtype = "float32",
+    preprocessing: str = "tf",
+    dtype: str = "float32",
     place: jax.sharding.Sharding | None = None,
 ) -> Inception:
     """Opens what `arcond convert --family inception` wrote, here or in a bucket.
 
     Args:
+      preprocessing: One of `PREPROCESSINGS`.
+      dtype: Of the arithmetic; one of `DTYPES`.
       place: Where the weights go: on every device of a mesh, to read images cut over it; None for
         the first device.
 
@@ -122,10 +132,11 @@ def load(
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract_params()
     )
+    params = checkpoint.load_tree(f"{folder}/{FOLDER}", {"params": shapes})["params"]
     return Inception(
-        params=checkpoint.load_tree(f"{folder}/{FOLDER}", {"params": shapes})["params"],
-        preprocessing=preprocessing,
-        dtype=dtype,
+        params=jax.jit(network_lib.folded)(params),
+        preprocessing=cast(Preprocessing, preprocessing),
+        dtype=cast(Dtype, dtype),
         sha256=known["source_sha256"],
         published=known["published"],
     )
@@ -151,13 +162,37 @@ def abstract_params() -> types.Params:
 
 
 # Two programs, so that images of all sizes and both preprocessings share that of the network.
-@functools.partial(jax.jit, static_argnames="dtype")
+@functools.partial(jax.jit, static_argnames=("dtype", "rows"))
 def outputs(
-    params: types.Params, prepared: Float[Array, "b size size 3"], *, dtype: Dtype
+    params: types.Params,
+    prepared: Float[Array, "b size size 3"],
+    *,
+    dtype: Dtype = "float32",
+    rows: int | None = None,
 ) -> network_lib.Outputs:
-    """What the network reads off images that are prepared."""
-    read = network_lib.Inception(DTYPES[dtype]).apply({"params": params}, prepared)
-    return cast(network_lib.Outputs, read)
+    """What the network reads off images that are prepared.
+
+    Args:
+      rows: Images at a time, one lot after another; None for all at once.
+    """
+
+    def read(lot: Array) -> network_lib.Outputs:
+        made = network_lib.Inception(DTYPES[dtype]).apply({"params": params}, lot)
+        return cast(network_lib.Outputs, made)
+
+    if rows is None or rows >= len(prepared):
+        return read(prepared)
+    count = len(prepared)
+    filled = jnp.pad(prepared, ((0, -count % rows), (0, 0), (0, 0), (0, 0)))
+    lots = jax.lax.map(read, filled.reshape(-1, rows, *prepared.shape[1:]))
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[:count], lots)
+
+
+def _rows(prepared: Array) -> int | None:
+    """`CPU_ROWS` on one CPU, where a call gets its memory anew and pages are slow to come."""
+    if isinstance(prepared, jax.core.Tracer) or len(prepared.devices()) > 1:
+        return None
+    return CPU_ROWS if next(iter(prepared.devices())).platform == "cpu" else None
 
 
 @functools.partial(jax.jit, static_argnames="preprocessing")

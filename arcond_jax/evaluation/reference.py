@@ -11,6 +11,7 @@ Ours have `mu`, `sigma`, `mu_s`, `sigma_s` as well, the features of some images 
 their pixels, and a card, which no other file has.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -27,6 +28,7 @@ from arcond_jax.evaluation import image_sets, inception, moments, npz, summary
 
 WHAT = "reference file"
 KEPT = 10_000  # rows of features: as many as ADM has images for precision and recall
+KEPT_FACT = "kept for precision, recall and KID"
 UNSAID = "not said by the file"
 Setting = image_sets.Setting
 
@@ -99,7 +101,7 @@ def measure(
             **images.facts,
             "images": found.count,
             "image size": _size(found.image_shape),
-            "kept for precision, recall and KID": 0 if found.rows is None else len(found.rows),
+            KEPT_FACT: 0 if found.rows is None else len(found.rows),
             **network_facts(extractor),
             **accuracy,
         },
@@ -130,8 +132,12 @@ def read(
         return _ours(path, held, extractor)
     if "mu" not in held:
         return measure(image_sets.Npz(path, what=WHAT), extractor, mesh=mesh)
-    facts: dict[str, Setting] = {"file": os.fspath(path), "sha256": image_sets.sha256(path)}
-    facts |= {"images": UNSAID, "crop, resize, network": UNSAID}
+    facts: dict[str, Setting] = {
+        "file": os.fspath(path),
+        "sha256": image_sets.sha256(path),
+        "images": UNSAID,
+        "crop, resize and network of its statistics": UNSAID,
+    }
     features = _statistics(path, "mu", "sigma", count=None)
     has_spatial = {"mu_s", "sigma_s"} <= held
     spatial = _statistics(path, "mu_s", "sigma_s", count=None) if has_spatial else None
@@ -139,13 +145,9 @@ def read(
         return Reference(facts, features, spatial)
     images = measure(image_sets.Npz(path, what=WHAT), extractor, mesh=mesh)
     _check_width(path, features.mean.size, images.width)
-    kept = {"kept for precision, recall and KID": "its images, arr_0", "image size": ""}
-    return dataclasses.replace(
-        images,
-        facts={**facts, **kept, **{"image size": images.facts["image size"]}},
-        features=features,
-        spatial=spatial,
-    )
+    read_by_us = ("image size", KEPT_FACT, *network_facts(extractor))
+    facts |= {name: images.facts[name] for name in read_by_us}
+    return dataclasses.replace(images, facts=facts, features=features, spatial=spatial)
 
 
 def write(path: str | os.PathLike, reference: Reference) -> None:
@@ -193,23 +195,47 @@ def check_network(
 def _ours(
     path: str | os.PathLike, held: frozenset[str], extractor: features_lib.Features
 ) -> Reference:
-    arrays = npz.read(path, "card", *sorted({"count", "image_shape"} & held), what=WHAT)
-    facts = json.loads(str(arrays["card"]))
-    count = int(arrays["count"]) if "count" in arrays else None
+    wanted = {"card", "count", "image_shape", "features", "label"}
+    arrays = npz.read(path, *sorted(wanted & held), what=WHAT)
+    count, shape = arrays.get("count"), arrays.get("image_shape")
+    rows, label = _rows(arrays.get("features"), path), arrays.get("label")
+    if label is not None and rows is not None and label.shape != rows.shape[:1]:
+        raise ValueError(f"{path} is not a whole {WHAT}: labels are not as many as features.")
     reference = Reference(
-        facts={"reference file": os.fspath(path), "its sha256": image_sets.sha256(path), **facts},
+        facts={
+            "reference file": os.fspath(path),
+            "its sha256": image_sets.sha256(path),
+            **_facts(arrays["card"], path),
+        },
         features=_statistics(path, "mu", "sigma", count=count) if "mu" in held else None,
         spatial=_statistics(path, "mu_s", "sigma_s", count=count) if "mu_s" in held else None,
-        rows=npz.read(path, "features", what=WHAT)["features"] if "features" in held else None,
-        label=npz.read(path, "label", what=WHAT)["label"] if "label" in held else None,
-        image_shape=tuple(arrays["image_shape"].tolist()) if "image_shape" in arrays else None,
+        rows=rows,
+        label=label,
+        image_shape=None if shape is None else tuple(shape.ravel().tolist()),
     )
     check_network(reference, extractor, where=path)
     return reference
 
 
+def _facts(card: np.ndarray, path: str | os.PathLike) -> dict[str, Setting]:
+    facts = None
+    with contextlib.suppress(ValueError, RecursionError):
+        facts = json.loads(str(card))
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is not a {WHAT}: its card must be one JSON object.")
+    return facts
+
+
+def _rows(rows: np.ndarray | None, path: str | os.PathLike) -> Float32[np.ndarray, "m d"] | None:
+    if rows is not None and not (
+        rows.dtype == np.float32 and rows.ndim == 2 and np.isfinite(rows).all()
+    ):
+        raise ValueError(f"{path} is not a {WHAT}: its features are not rows of finite float32.")
+    return rows
+
+
 def _statistics(
-    path: str | os.PathLike, mean_name: str, covariance_name: str, *, count: int | None
+    path: str | os.PathLike, mean_name: str, covariance_name: str, *, count: np.ndarray | None
 ) -> moments.Statistics:
     arrays = npz.read(path, mean_name, covariance_name, what=WHAT)
     mean, covariance = arrays[mean_name], arrays[covariance_name]
@@ -221,7 +247,10 @@ def _statistics(
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(f"{path} is not a {WHAT}: {mean_name} or {covariance_name} is not finite.")
-    return moments.Statistics(mean.astype(np.float64), covariance.astype(np.float64), count)
+    number = None
+    if count is not None:
+        number = npz.whole_number(count, where=f"{path}: count") or None
+    return moments.Statistics(mean.astype(np.float64), covariance.astype(np.float64), number)
 
 
 def _check_width(path: str | os.PathLike, width: int, found: int | None) -> None:

@@ -87,6 +87,22 @@ def read_samples(path: str | os.PathLike) -> Samples:
     )
 
 
+def read_about(path: str | os.PathLike) -> tuple[dict[str, Any], int] | None:
+    """What a samples file says of how it was made, and its number of classes; no image is read.
+
+    None for a file of another program, which says neither.
+
+    Raises:
+      FileNotFoundError, ValueError: As of `read_samples`.
+    """
+    what = "samples file"
+    if not {"num_classes", "metadata"} <= npz.names_in(path, what=what):
+        return None
+    arrays = npz.read(path, "num_classes", "metadata", what=what)
+    num_classes = npz.whole_number(arrays["num_classes"], where=f"{path}: num_classes", at_least=1)
+    return _metadata(arrays["metadata"], where=str(path)), num_classes
+
+
 def _metadata(array: np.ndarray, *, where: str) -> dict[str, Any]:
     metadata = None
     if array.ndim == 0 and array.dtype.kind == "U":

@@ -89,11 +89,10 @@ def summarise(
     total = len(images) if isinstance(images, image_sets.ImageSet) else total
     gathered = _Gathered(extractor, total=total, keep=keep, num_classes=num_classes, width=width)
     checked = _Checked(images, what, image_shape)
+    hidden = None if processes.is_first() else True  # None: where there is no terminal
     with tqdm.tqdm(
-        desc=f"reading {what}", total=total, unit="image", disable=None, mininterval=1.0
+        desc=f"reading {what}", total=total, unit="image", disable=hidden, mininterval=1.0
     ) as progress:
-        if not processes.is_first():
-            progress.disable = True
         for first_row, read in _outputs(checked, extractor, mesh):
             gathered.add(first_row, read, checked.label)
             progress.update(len(read.features))
@@ -359,7 +358,7 @@ def _on_one(
     images: _Checked, extractor: features_lib.Features
 ) -> Iterator[tuple[int, int, Sequence[Any]]]:
     """First row, number of rows that count, and outputs; processes take turns."""
-    size = features_lib.BATCH_SIZE
+    size = features_lib.batch_size(extractor)
     me = jax.process_index() if processes.are_several() else 0
     several = jax.process_count() if processes.are_several() else 1
     for start, get in images.batches(size * several):
@@ -372,7 +371,7 @@ def _on_all(
     images: _Checked, extractor: features_lib.Features, mesh: Mesh
 ) -> Iterator[tuple[int, int, Sequence[Any]]]:
     """The same, of each device of this process."""
-    place, size = mesh_lib.batch_sharding(mesh), features_lib.BATCH_SIZE
+    place, size = mesh_lib.batch_sharding(mesh), features_lib.batch_size(extractor)
     whole = mesh_lib.spread_over(mesh, 1) * size
     for start, get in images.batches(whole):
         counts: dict[int, int] = {}

@@ -12,7 +12,8 @@ Sources: Szegedy et al. (2015), Rethinking the Inception Architecture; mseitzer/
 `src/pytorch_fid/inception.py`; toshas/torch-fidelity `feature_extractor_inceptionv3.py`.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -53,24 +54,48 @@ class Outputs(NamedTuple):
 
 
 class Unit(nn.Module):
-    """Kernel and bias of a convolution, the batch normalisation after it folded in."""
+    """Kernel and bias of a convolution and the batch normalisation after it.
+
+    Its weights may also be given as `folded` leaves them.
+    """
 
     features: int
     size: Size = POINT
 
     @nn.compact
     def __call__(self, channels: int) -> tuple[Float[Array, "m n c d"], Float[Array, " d"]]:
-        def of_outputs(name: str, init: parameter.Initializer) -> Array:
-            return parameter.parameter(self, name, init, (self.features,), (None,))
-
         shape = (*self.size, channels, self.features)
         kernel = parameter.parameter(self, "kernel", kernel_init, shape, (None,) * 4)
-        scale = of_outputs("scale", parameter.ones_init)
-        bias = of_outputs("bias", parameter.zeros_init)
-        mean = of_outputs("mean", parameter.zeros_init)
-        variance = of_outputs("variance", parameter.ones_init)
-        factor = scale * jax.lax.rsqrt(variance + EPSILON)
-        return kernel * factor, bias - mean * factor
+        bias = self._of_outputs("bias", parameter.zeros_init)
+        if not self.is_initializing() and not self.has_variable("params", "scale"):
+            return kernel, bias
+        scale = self._of_outputs("scale", parameter.ones_init)
+        mean = self._of_outputs("mean", parameter.zeros_init)
+        variance = self._of_outputs("variance", parameter.ones_init)
+        return _fold(kernel, bias, scale=scale, mean=mean, variance=variance)
+
+    def _of_outputs(self, name: str, init: parameter.Initializer) -> Float[Array, " d"]:
+        return parameter.parameter(self, name, init, (self.features,), (None,))
+
+
+def _fold(
+    kernel: Array, bias: Array, *, scale: Array, mean: Array, variance: Array
+) -> tuple[Array, Array]:
+    factor = scale * jax.lax.rsqrt(variance + EPSILON)
+    return kernel * factor, bias - mean * factor
+
+
+def folded(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights with batch normalisations folded into kernels, once for all calls."""
+    made = {}
+    for name, value in params.items():
+        if not isinstance(value, Mapping):
+            made[name] = value
+        elif "variance" in value:
+            made[name] = dict(zip(("kernel", "bias"), _fold(**value), strict=True))
+        else:
+            made[name] = folded(value)
+    return made
 
 
 class Block(nn.Module):

@@ -147,7 +147,7 @@ def inception(
 ) -> Network:
     """Inception on all devices; errors as of `inception.load`."""
     load = inception_lib.load
-    if jax.device_count() == 1:
+    if len(jax.devices()) == 1:
         return Network(load(folder, preprocessing=preprocessing, dtype=dtype))
     mesh = mesh_lib.make_mesh()
     place = mesh_lib.replicated(mesh)

@@ -3,6 +3,7 @@
 Two processes of four CPU devices each against one of eight.
 """
 
+import json
 import os
 import re
 import signal
@@ -86,6 +87,15 @@ def test_two_processes_are_as_one(tmp_path):
             codes, said = ended(start(*command, count=count))
             assert codes == [0] * count, said
         images[count] = np.load(npz)["arr_0"].astype(np.int32)
+    scores = {}
+    for count in (1, 2):
+        out = tmp_path / f"{count}.json"
+        given = ["--samples", tmp_path / "1.npz", "--reference", tmp_path / "2.npz"]
+        arguments = ["evaluate", "--checkpoint", tmp_path / "1", *given, "--allow_singular"]
+        codes, said = ended(start(*arguments, "--out", out, count=count))
+        assert codes == [0] * count, said
+        scores[count] = json.loads(out.read_text())["measurements"]
+    assert scores[2] == pytest.approx(scores[1], rel=1e-12, abs=1e-12)
     assert_same_rows(rows(tmp_path / "2"), rows(tmp_path / "1"))
     assert np.abs(images[1] - images[2]).max() <= 1
 

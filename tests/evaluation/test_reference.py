@@ -55,6 +55,7 @@ def test_those_of_others_are_read(network, real, tmp_path):
     assert adm.facts["images"] == "not said by the file"
     assert adm.facts["sha256"] == image_sets.sha256(path)
     assert len(adm.rows) == 30
+    assert adm.facts["network"] == network.description  # of the rows, which were read just now
     found = score(network, adm)
     assert found.keys() == whole.keys()
     for name in ("frechet_distance", "spatial_frechet_distance", "inception_score"):
@@ -90,6 +91,11 @@ def test_what_cannot_be_compared_is_one_line(network, real, tmp_path):
         reference_lib.write(path, real)
         return lambda: reference_lib.read(path, other)
 
+    def broken(**arrays):
+        reference_lib.write(path, real)
+        with np.load(path) as file:
+            return saved(**{**file, **arrays})
+
     bad = sigma.copy()
     bad[0, 0] = np.nan
     images = image_sets.Array(IMAGE)
@@ -100,6 +106,10 @@ def test_what_cannot_be_compared_is_one_line(network, real, tmp_path):
         (lambda: saved(mu=mu), "lacks sigma"),
         (lambda: saved(mu=mu[:5], sigma=sigma[:5, :5], arr_0=IMAGE), "5 features, the network has"),
         (lambda: saved(x=mu), "lacks arr_0"),
+        (lambda: broken(card="[1]"), "its card must be one JSON object"),
+        (lambda: broken(features=mu), "its features are not rows of finite float32"),
+        (lambda: broken(label=LABEL[:3]), "labels are not as many as features"),
+        (lambda: broken(count=np.ones(2, int)), "count must be one whole number"),
         (lambda: lambda: scoring.score(images, other, real), "the reference was made with network"),
         (
             lambda: lambda: scoring.score(image_sets.Array(IMAGE[:, :2, :2]), network, real),

@@ -6,7 +6,8 @@ import numpy as np
 from arcond_jax.evaluation import frechet, moments, neighbours, precision_recall, scores
 
 METRIC = 1e-6  # relative: the evaluator has float32 means and scores, ours are float64
-HALF = 0.02  # of the radii and shares in float16, which depend on the order of the sums
+HALF = 0.02  # of the radii in float16, which depend on the order of the sums
+FEW = 5  # samples inside or outside by that
 
 
 def check(golden: golden_lib.Golden) -> None:
@@ -15,10 +16,12 @@ def check(golden: golden_lib.Golden) -> None:
     found = {name: moments.statistics(given[name]) for name in names}
     for name in ("ref", "sample"):
         sigma = expected[f"{name}_sigma"]
-        np.testing.assert_allclose(found[name].covariance, sigma, rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(found[name].mean, expected[f"{name}_mu"], rtol=0, atol=1e-6)
+        close = np.abs(sigma).max() * 1e-12
+        np.testing.assert_allclose(found[name].covariance, sigma, rtol=0, atol=close)
+        mu = expected[f"{name}_mu"]
+        np.testing.assert_allclose(found[name].mean, mu, rtol=0, atol=1e-6 * np.abs(mu).max())
     split_size = golden.config["split_size"]
-    log_p = np.log(given["probs"])
+    log_p = np.log(np.maximum(given["probs"], np.finfo(np.float32).tiny))
     ours = {
         "fid": frechet.frechet_distance(found["sample"], found["ref"]),
         "sfid": frechet.frechet_distance(found["sample_spatial"], found["ref_spatial"]),
@@ -28,7 +31,8 @@ def check(golden: golden_lib.Golden) -> None:
     }
     for name, value in ours.items():
         np.testing.assert_allclose(value, expected[name], rtol=METRIC, err_msg=name)
-    check_manifolds(golden, "pr_fp16", 1.0, "float16", radii=HALF, shares=HALF)
+    few = FEW / min(len(given["ref"]), len(given["sample"]))
+    check_manifolds(golden, "pr_fp16", 1.0, "float16", radii=HALF, shares=few)
     scale = golden.config["overflow_scale"]  # beyond float16, as real features of that size are not
     for dtype in ("float16", "float32", "float64"):
         check_manifolds(golden, "pr_fp32", scale, dtype, radii=1e-5, shares=0.0)
