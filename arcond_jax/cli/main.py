@@ -22,13 +22,14 @@ COMMANDS = (
     "evaluate",
     "reference",
     "compare",
+    "sweep",
     "convert",
     "export",
     "bench",
     "compile",
 )
 # Those that processes on several hosts run as one.
-TOGETHER = ("train", "calibrate", "sample", "evaluate", "reference", "compare")
+TOGETHER = ("train", "calibrate", "sample", "evaluate", "reference", "compare", "sweep")
 
 
 def main(argv: list[str]) -> int:

@@ -1,11 +1,17 @@
-"""Files of named arrays that are either whole or absent, and that fail with one line."""
+"""Files of named arrays that are either whole or absent, and that fail with one line.
 
+Arrays larger than memory are written in pieces, and mapped where they are read.
+"""
+
+import dataclasses
 import math
 import os
+import struct
+import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
-from typing import IO
+from collections.abc import Iterable, Mapping
+from typing import IO, Any
 
 import numpy as np
 
@@ -18,12 +24,62 @@ HEADERS = {
 MAX_HEADER = 512  # bytes of dtype and shape: those of plain arrays take less than 128
 # Real arrays shrink tenfold at best; what grows more than this, and to more than this, is no array.
 MAX_INFLATION, INFLATED = 100, 2**28
+HELD = 2**26  # bytes of an array that is read into memory; a larger one stays on the disk
+PIECE = 2**22  # bytes that are looked at, at a time
 
 
-def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an npz file, whole or not at all, under the very name `path`."""
-    with atomic.file(path) as file:
-        np.savez(file, allow_pickle=False, **arrays)
+@dataclasses.dataclass(frozen=True)
+class InPieces:
+    """An array to be written that is never whole in memory.
+
+    Attributes:
+      shape: Of the array.
+      dtype: Of the array.
+      pieces: Its rows, some at a time, in order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Iterable[np.ndarray]
+
+
+def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray | InPieces]) -> None:
+    """Writes an npz file, whole or not at all, under the very name `path`.
+
+    It is what `numpy.savez` writes, the same bytes for the same arrays whenever it is written.
+
+    Raises:
+      OSError: In one line that names the file.
+      ValueError: Pieces that do not make up their array.
+    """
+    with (
+        atomic.file(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        for name, array in arrays.items():
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            with archive.open(member, "w", force_zip64=True) as opened:
+                if isinstance(array, InPieces):
+                    _write_pieces(opened, array, name)
+                else:
+                    np.lib.format.write_array(opened, np.asanyarray(array), allow_pickle=False)
+
+
+def _write_pieces(file: Any, array: InPieces, name: str) -> None:
+    descr = np.lib.format.dtype_to_descr(array.dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": array.shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    count = 0
+    for piece in array.pieces:
+        if piece.dtype != array.dtype or piece.shape[1:] != array.shape[1:]:
+            raise ValueError(
+                f"a piece of {name} is {piece.dtype} {list(piece.shape)}, the array {array.dtype} "
+                f"{list(array.shape)}"
+            )
+        file.write(np.ascontiguousarray(piece).data)
+        count += len(piece)
+    if count != array.shape[0]:
+        raise ValueError(f"the pieces of {name} have {count} rows, the array {array.shape[0]}")
 
 
 def read(
@@ -32,7 +88,8 @@ def read(
     """Reads the named arrays and nothing else of the file; they cannot be written to.
 
     Nothing is unpickled, and no memory is taken for an array before its size is known to be in the
-    file.
+    file. Of one larger than `HELD` only the checksum is looked at: it is mapped from the file, or,
+    if it is compressed, from a temporary one (TMPDIR) that nobody else sees.
 
     Args:
       path: File to read.
@@ -163,11 +220,44 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(info) as file:
         shape, fortran_order, dtype = _header(file, info)
         size = math.prod(shape) * dtype.itemsize
+        order = "F" if fortran_order else "C"
+        if size > HELD:
+            place, offset = _on_disk(archive, info, file, size)
+            array = np.memmap(place, dtype, "r", offset=offset, shape=shape, order=order)
+            return array.astype(dtype.newbyteorder("="), copy=False)
         data = file.read(size + 1)  # one more, so that the checksum is looked at
     if len(data) != size:
         raise ValueError(f"{len(data)} bytes instead of {size}")
-    array = np.ndarray(shape, dtype, buffer=data, order="F" if fortran_order else "C")
+    array = np.ndarray(shape, dtype, buffer=data, order=order)
     return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _on_disk(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, member: Any, size: int
+) -> tuple[IO[bytes], int]:
+    """A file that holds the rest of a member as it is, and from where on; its checksum is right."""
+    start = member.tell()
+    stored = info.compress_type == zipfile.ZIP_STORED
+    place = _opened(archive) if stored else tempfile.TemporaryFile()  # noqa: SIM115  # is mapped
+    count = 0
+    while data := member.read(PIECE):
+        count += len(data)
+        if not stored:
+            place.write(data)
+    if count != size:
+        raise ValueError(f"{count} bytes instead of {size}")
+    place.flush()
+    return place, _start_of(archive, info) + start if stored else 0
+
+
+def _start_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    """Where in its file the data of a member begins, behind a header, a name and what else is said.
+
+    Source: PKWARE, APPNOTE.TXT, 4.3.7.
+    """
+    file = _opened(archive)
+    file.seek(info.header_offset + 26)
+    return info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
 
 
 def _header(

@@ -152,6 +152,7 @@ class Drawer:
         seed: int,
         batch_size: int | None = None,
         known: mar_sampling.Known | None = None,
+        first_row: int = 0,
     ) -> Iterator[tuple[UInt8[np.ndarray, "size height width channels"], sampled_lib.Sampled]]:
         """Images drawn in batches of one size, each with what the loop left.
 
@@ -160,11 +161,14 @@ class Drawer:
         Args:
           batch_size: None for at most 1000, and fewer where they would take more than half of a
             device's memory; a refiner that mixes rows then gets all of them.
+          first_row: The images before it are left out.
         """
         num_rows = types.num_rows(prompt)
+        if first_row >= num_rows:
+            return
         if batch_size is None:
             batch_size = self._batch_size(refiner, prompt, known)
-        for start in range(0, num_rows, batch_size):
+        for start in range(first_row, num_rows, batch_size):
             part = rows(prompt, start, batch_size)  # of one size, so that the loop compiles once
             image_uint8, drawn = self(refiner, part, seed=seed, first_row=start, known=known)
             yield image_uint8[: num_rows - start], drawn

@@ -25,7 +25,7 @@ from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.training import state as state_lib
 
 # What may differ between a checkpoint and the config it is continued or sampled with.
-FREE_SECTIONS = ("sampling", "mesh", "transport")
+FREE_SECTIONS = ("sampling", "mesh", "transport", "evaluation")
 FREE_KEYS = (
     "data.directory",
     "data.captions",

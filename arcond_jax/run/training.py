@@ -19,7 +19,7 @@ from arcond_jax.data import folder, pipeline
 from arcond_jax.parallel import compiled, operations, processes
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run import captions as captions_lib
-from arcond_jax.run import drawing, exclusive, refinement, restoring
+from arcond_jax.run import drawing, exclusive, online, refinement, restoring
 from arcond_jax.run import initial as initial_lib
 from arcond_jax.training import loop, profiling, rates, stopping
 from arcond_jax.training import state as state_lib
@@ -82,6 +82,7 @@ def train(
         writer_lib.check_wandb()
     # What a config can get wrong shows before anything is written.
     build.check_trained(config)
+    online.check(config)
     mesh, settings = build.training_mesh(config), config.training
     captions = captions_lib.of_training(config)
     batches = _Batches(config, mesh, captions)
@@ -110,7 +111,8 @@ def train(
         )
         if trained.step < settings.num_train_steps:
             draw = _sheets(trained, captions, show)
-            state = _train(trained, workdir, checkpoints, batches, state, draw, stop, watch)
+            judge = online.judge(config, workdir)
+            state = _train(trained, workdir, checkpoints, batches, state, draw, judge, stop, watch)
             trained = dataclasses.replace(trained, params=state.ema, step=int(state.step))
         checkpoints.wait()
         stop.unsaved = False
@@ -139,6 +141,7 @@ def _train(
     batches: "_Batches",
     state: state_lib.TrainState,
     draw: Callable[[int, state_lib.TrainState], None],
+    judge: online.Judge | None,
     stop: stopping.Stop,
     watch: Watch,
 ) -> state_lib.TrainState:
@@ -168,6 +171,10 @@ def _train(
         checkpoints.check()  # no step more than needed where the disk is full
         return compiled_step(state, tokenizer, batch)
 
+    evaluate = None
+    if judge is not None:
+        best = online.Best(workdir, trained, position=batches.get_state, saved_config=saved_config)
+        evaluate = online.Scores(trained, judge, batches.captions, best)
     writers = []
     if processes.is_first():
         writers = writer_lib.make_writers(
@@ -185,6 +192,7 @@ def _train(
             log=settings.log_every,
             samples=settings.samples_every,
             checkpoint=settings.checkpoint_every,
+            evaluation=config.evaluation.every,
         ),
         save=save,
         draw_samples=draw,
@@ -194,6 +202,7 @@ def _train(
         writers=writers,
         profile=watch.profile,
         measure=_measure(trained),
+        evaluate=evaluate,
     )
 
 
@@ -327,7 +336,7 @@ class _Batches:
     def __init__(
         self, config: build.Config, mesh: Mesh, captions: captions_lib.Captions | None
     ) -> None:
-        self.mesh, self._captions = mesh, captions
+        self.mesh, self.captions = mesh, captions
         source = build.examples(config, "train")
         self.class_names = None if captions else tuple(source.label_names)
         iterator = pipeline.train_iterator(
@@ -347,7 +356,7 @@ class _Batches:
         return next(self._ahead)
 
     def _place(self, rows: pipeline.NumpyBatch) -> types.Batch:
-        prompt = captions_lib.prompt_of(rows["label"], self._captions)
+        prompt = captions_lib.prompt_of(rows["label"], self.captions)
         return processes.put_batch(types.batch_of(rows, prompt), self.mesh)
 
     def get_state(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The train loop: data, step, and at fixed intervals log, pictures, checkpoint; resumes by itself.
 
-The order within a step is always the same: update, log, samples, save. A run that is stopped, by
-a signal or by force, and started again gives the numbers of one that never stopped. Nothing is
-saved while updates are being skipped: parameters that lead nowhere would push out good ones.
+The order within a step is always the same: update, scores, log, samples, save. A run that is
+stopped, by a signal or by force, and started again gives the numbers of one that never stopped.
+Nothing is saved while updates are being skipped: parameters that lead nowhere would push out good
+ones.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ MAX_SKIPPED_SHARE = 0.1  # of all updates; looked at where a line is logged
 
 
 Measure = Callable[[state_lib.TrainState, types.Batch], dict[str, float]]
+Evaluate = Callable[[int, state_lib.TrainState, Callable[[], bool]], dict[str, float]]
 
 
 class DivergedError(RuntimeError):
@@ -44,11 +46,12 @@ class BatchIterator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """Steps between two log lines, sheets of samples, and checkpoints; None means never."""
+    """Steps between two log lines, sheets of samples, checkpoints, scores; None means never."""
 
     log: int
     samples: int | None
     checkpoint: int
+    evaluation: int | None = None
 
 
 def train(
@@ -66,6 +69,7 @@ def train(
     writers: Sequence[writer_lib.Writer] = (),
     profile: profiling.Span | None = None,
     measure: Measure | None = None,
+    evaluate: Evaluate | None = None,
 ) -> state_lib.TrainState:
     """Runs from `state.step` to `num_train_steps`.
 
@@ -77,6 +81,8 @@ def train(
       writers: Where lines are logged; closed at the end. Of one process.
       profile: Steps of which a trace is written to `workdir`/profile, by one process.
       measure: More to log, of the state and the batch at hand; called where a line is logged.
+      evaluate: Scores, of the step, the state, and what says between batches whether the run is
+        told to stop; called every `intervals.evaluation` steps, where a line is logged too.
 
     Returns:
       The state, saved; of an earlier step than the last if the run was told to stop.
@@ -111,11 +117,15 @@ def train(
             _check_not_diverged(skipped_before, step - 1, workdir)
             skipped_before = state.skipped_in_a_row + 0
 
-            if step % intervals.log == 0 or step == num_train_steps:
+            scored = bool(intervals.evaluation) and step % intervals.evaluation == 0
+            if step % intervals.log == 0 or step == num_train_steps or scored:
                 scalars = sums.read_and_reset() | speed.read_and_reset(state, batch)
                 _check_few_skipped(int(state.skipped), step, workdir)
                 if measure is not None:
                     scalars |= measure(state, batch)
+                if scored and evaluate is not None:
+                    with speed.left_out():
+                        scalars |= evaluate(step, state, told)
                 for writer in writers:
                     writer.write_scalars(step, scalars)
                     writer.flush()

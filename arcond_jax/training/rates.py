@@ -1,8 +1,9 @@
 """How fast a run goes and what it takes of its devices, as its log says."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -73,6 +74,13 @@ class Rates:
         self._waited += time.perf_counter() - start
         self._count += 1
         return batch
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """The time of the block is none of training."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     def read_and_reset(self, state: state_lib.TrainState, batch: types.Batch) -> dict[str, float]:
         """Steps, images and operations a second, and more where the device says it.
