@@ -5,6 +5,7 @@ import argparse
 from arcond_jax import build
 from arcond_jax.build import transport
 from arcond_jax.cli import paths
+from arcond_jax.parallel import stalling
 from arcond_jax.run import refinement, restoring
 
 EPILOG = """examples:
@@ -27,7 +28,8 @@ def main(args: argparse.Namespace) -> None:
             f"transport.kind={config.transport.kind} needs no calibration: use one of "
             f"{', '.join(fitted)}"
         )
-    trained = restoring.restore(args.checkpoint, config=config)
-    refiner = refinement.calibrate(trained)
-    refinement.save_refiner(trained, args.checkpoint, config, refiner)
+    with stalling.watched(args.stall_minutes):
+        trained = restoring.restore(args.checkpoint, config=config)
+        refiner = refinement.calibrate(trained)
+        refinement.save_refiner(trained, args.checkpoint, config, refiner)
     print(f"calibrated: {args.checkpoint / 'refiner'}")

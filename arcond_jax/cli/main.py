@@ -61,8 +61,8 @@ def main(argv: list[str]) -> int:
             joining.join(args, argv)
         return module_of(args.command).main(args)
 
-    code = failing.guarded(args.command, run)
-    joining.leave(code)
+    code, line = failing.guarded(args.command, run)
+    joining.leave(code, line)
     return code
 
 
@@ -88,7 +88,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             if name in TOGETHER:
                 from arcond_jax.cli import joining
 
-                joining.add_arguments(command)
+                stall_minutes = joining.STALL if name == "train" else None
+                joining.add_arguments(command, stall_minutes=stall_minutes)
     return parser
 
 

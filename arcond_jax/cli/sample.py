@@ -12,7 +12,7 @@ from arcond_jax.analysis import figures, window_report
 from arcond_jax.cli import paths
 from arcond_jax.data import class_names, images
 from arcond_jax.evaluation import samples
-from arcond_jax.parallel import processes
+from arcond_jax.parallel import processes, stalling
 from arcond_jax.run import captions as captions_lib
 from arcond_jax.run import drawing, evaluating, refinement, restoring
 from arcond_jax.sampling import mar
@@ -106,14 +106,15 @@ def main(args: argparse.Namespace) -> None:
     num_known = 0 if known is None else int(known.given.sum())
     prompt = captions_lib.prompt_of(label, captions)
     batch_size = args.batch_size and min(args.batch_size, len(label))
-    if args.report is not None:
-        image_uint8 = window_report.draw(
-            args.report, trained, refiner, prompt, label, seed=args.seed, batch_size=batch_size
-        )
-    else:
-        image_uint8 = drawing.Drawer(trained, num_known=num_known).images(
-            refiner, prompt, seed=args.seed, batch_size=batch_size, known=known
-        )
+    with stalling.watched(args.stall_minutes):
+        if args.report is not None:
+            image_uint8 = window_report.draw(
+                args.report, trained, refiner, prompt, label, seed=args.seed, batch_size=batch_size
+            )
+        else:
+            image_uint8 = drawing.Drawer(trained, num_known=num_known).images(
+                refiner, prompt, seed=args.seed, batch_size=batch_size, known=known
+            )
     if not processes.is_first():
         return
     samples.write_samples(

@@ -59,7 +59,12 @@ def main(args: argparse.Namespace) -> int:
         raise build.ConfigError("--init_classes goes with --init: give the weights to start from")
     start_from = None if args.init is None else initial.Initial(args.init, args.init_classes)
     complete = training.train(
-        config, workdir, show=show, start_from=start_from, restart_from=args.restart_from
+        config,
+        workdir,
+        show=show,
+        start_from=start_from,
+        restart_from=args.restart_from,
+        stall_minutes=args.stall_minutes,
     )
     print(f"{'complete' if complete else 'stopped and saved'}: {workdir}")
     return 0 if complete else failing.STOPPED

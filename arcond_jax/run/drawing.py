@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from arcond_jax import build, types
-from arcond_jax.parallel import compiled, memory, processes
+from arcond_jax.parallel import compiled, memory, processes, stalling
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run.restoring import Trained
 from arcond_jax.sampling import mar as mar_sampling
@@ -167,6 +167,7 @@ class Drawer:
         for start in range(0, num_rows, batch_size):
             part = rows(prompt, start, batch_size)  # of one size, so that the loop compiles once
             image_uint8, drawn = self(refiner, part, seed=seed, first_row=start, known=known)
+            stalling.ended()
             yield image_uint8[: num_rows - start], drawn
 
     @property

@@ -17,7 +17,7 @@ from arcond_jax import config as config_lib
 from arcond_jax.build import defaults, migration
 from arcond_jax.build import transport as transport_lib
 from arcond_jax.data import pipeline
-from arcond_jax.parallel import compiled, processes
+from arcond_jax.parallel import compiled, processes, stalling
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run import drawing, restoring
 from arcond_jax.run.restoring import Trained
@@ -69,6 +69,7 @@ def _condition_batches(
         placed = processes.put(types.batch_of(batch, batch["label"]), place)
         rng = jax.random.fold_in(jax.random.key(CONDITIONS_SEED), number)
         cond = run(trained.params, trained.tokenizer, placed, rng)
+        stalling.ended()
         yield cond, batch["label"], batch["valid"]
 
 
@@ -104,8 +105,9 @@ def calibrate(trained: Trained, config: build.Config | None = None) -> types.Ref
     if kind.unfitted is not None:
         return kind.unfitted(bank, transport_lib.options(config))
     calibrator, label = _calibrator(trained, bank)
-    sampled = drawing.Drawer(trained).sample(calibrator, label, seed=CALIBRATION_SEED)
-    return calibrator.finish(sampled.refiner_state)
+    with stalling.longer():
+        sampled = drawing.Drawer(trained).sample(calibrator, label, seed=CALIBRATION_SEED)
+        return calibrator.finish(sampled.refiner_state)
 
 
 def _fitting_bank(trained: Trained) -> Any:
