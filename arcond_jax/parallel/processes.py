@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
 
 from arcond_jax.parallel import mesh as mesh_lib
 
@@ -26,10 +27,36 @@ def is_first() -> bool:
     return not are_several() or jax.process_index() == 0
 
 
+def local_rows(mesh: Mesh, num_rows: int) -> Int[np.ndarray, " r"]:
+    """Those of a batch that lie on devices of this process, in order.
+
+    Args:
+      num_rows: Of the batch; a multiple of its shards.
+    """
+    places: Any = mesh_lib.batch_sharding(mesh).addressable_devices_indices_map((num_rows,))
+    rows = np.arange(num_rows)
+    return np.unique([rows[place] for place in places.values()])
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Process-local rows to global arrays, sharded over the batch axes."""
+    """The `local_rows` of each process to global arrays, sharded over the batch axes."""
     sharding = mesh_lib.batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    if not are_several():
+        return jax.device_put(batch, sharding)
+    shards = mesh_lib.num_batch_shards(mesh)
+    here = len(local_rows(mesh, shards))
+
+    def place(x: np.ndarray) -> jax.Array:
+        num_rows = len(x) * shards // here
+        at = np.zeros(num_rows, np.int64)
+        at[local_rows(mesh, num_rows)] = np.arange(len(x))
+
+        def part(index: Any) -> np.ndarray:
+            return x[at[index[0]]]
+
+        return jax.make_array_from_callback((num_rows, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch)
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:

@@ -56,21 +56,25 @@ def _condition_batches(
         tokens = build.tokens_of(tokenizer, batch)
         return generator.conditions(params, tokens, batch.prompt, rng, **needed.arguments)
 
-    place = mesh_lib.batch_sharding(trained.mesh)
     # Whole where a process has not all devices, so that each can bring the conditions to its host.
     whole = {"out_shardings": mesh_lib.replicated(trained.mesh)} if processes.are_several() else {}
     run = compiled.Compiled(run, trained.mesh, **whole)
     source = build.examples(trained.config, split)
     batch_size = mesh_lib.spread_over(trained.mesh, CONDITIONS_BATCH)
     batches = pipeline.full_batches(
-        source, batch_size, at_most=at_most, num_threads=trained.config.data.num_threads
+        source,
+        batch_size,
+        at_most=at_most,
+        rows=processes.local_rows(trained.mesh, batch_size),
+        num_threads=trained.config.data.num_threads,
     )
     for number, batch in enumerate(batches):
-        placed = processes.put(types.batch_of(batch, batch["label"]), place)
+        placed = processes.put_batch(types.batch_of(batch, batch["label"]), trained.mesh)
+        counted = processes.put_batch(batch["valid"], trained.mesh)
         rng = jax.random.fold_in(jax.random.key(CONDITIONS_SEED), number)
         cond = run(trained.params, trained.tokenizer, placed, rng)
         stalling.ended()
-        yield cond, batch["label"], batch["valid"]
+        yield cond, *processes.fetch((placed.prompt, counted))
 
 
 def filled_bank(trained: Trained) -> Any:
@@ -163,7 +167,9 @@ def _refiner_folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def _numbers(parent: epath.Path) -> list[int]:
-    return [int(x.name) for x in parent.iterdir() if x.name.isdigit()] if parent.is_dir() else []
+    if not parent.is_dir():
+        return []
+    return [int(x.name) for x in parent.iterdir() if x.name.isdigit() and checkpoint.is_whole(x)]
 
 
 def _remove_others(folder: epath.Path) -> None:

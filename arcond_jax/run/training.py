@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import clu.parameter_overview
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -297,8 +296,7 @@ class _Batches:
             source,
             global_batch_size=config.data.batch_size,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=processes.local_rows(mesh, config.data.batch_size),
             num_threads=config.data.num_threads,
         )
         self._ahead = pipeline.Ahead(iterator, self._place)
