@@ -163,9 +163,10 @@ def _until_heard() -> float:
 
 
 def _config(args: argparse.Namespace) -> str:
-    if args.config is None:
+    path = getattr(args, "config", None)
+    if path is None:
         return json.dumps(args.overrides)
-    loaded = build.load_config(args.config, args.overrides)
+    loaded = build.load_config(path, args.overrides)
     return repr(sorted(config_lib.flat(loaded).items()))
 
 

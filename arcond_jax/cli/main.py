@@ -25,7 +25,12 @@ COMMANDS = (
     "bench",
     "compile",
 )
-TOGETHER = ("train", "calibrate", "sample")  # those that processes on several hosts run as one
+TOGETHER = (
+    "train",
+    "calibrate",
+    "sample",
+    "compare",
+)  # those that processes on several hosts run as one
 
 
 def main(argv: list[str]) -> int:

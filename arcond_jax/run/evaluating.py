@@ -12,6 +12,7 @@ from arcond_jax.build import family
 from arcond_jax.data import images, pipeline
 from arcond_jax.evaluation import card, features, samples
 from arcond_jax.evaluation import classifier as classifier_lib
+from arcond_jax.parallel import processes
 from arcond_jax.run.restoring import Trained
 
 # Settings of the sampler that change no image.
@@ -143,5 +144,6 @@ def _classifier(
         classifier = classifier_lib.train_classifier(
             image, train.label, num_classes=config.data.num_classes, seed=config.seed
         )
-        classifier.save(path)
+        if processes.is_first():
+            classifier.save(path)
     return dataclasses.replace(classifier, trained_on=f"the {config.data.name} train split")
