@@ -267,7 +267,16 @@ class Checkpoints:
 def has_steps(directory: str) -> bool:
     """Whether a directory holds a checkpoint of a run."""
     path = _absolute(directory)
-    return path.is_dir() and any(child.name.isdigit() for child in path.iterdir())
+    if not path.is_dir():
+        return False
+    return any(child.name.isdigit() and is_whole(child) for child in path.iterdir())
+
+
+def is_whole(directory: epath.PathLike) -> bool:
+    """Whether a checkpoint or tree lies there that was written to its end."""
+    path = _absolute(str(directory))
+    # In a bucket nothing is renamed in the end, and Orbax writes a file last that says so.
+    return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
 
 
 def unfinished_name(name: str) -> str:

@@ -17,9 +17,9 @@ is printed, and written as JSON beside the samples or to --out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", required=True, type=paths.file, help="from arcond sample")
+    parser.add_argument("--samples", required=True, type=paths.place, help="from arcond sample")
     parser.add_argument("--checkpoint", required=True, type=paths.folder, help="a workdir")
-    parser.add_argument("--out", type=paths.file, help="default: .card.json beside the samples")
+    parser.add_argument("--out", type=paths.place, help="default: .card.json beside the samples")
 
 
 def main(args: argparse.Namespace) -> None:

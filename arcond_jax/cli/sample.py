@@ -53,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one_class = parser.add_mutually_exclusive_group()
     one_class.add_argument("--label", type=int, help="one class for all images")
     one_class.add_argument("--class_name", "--class-name", help="the same by its name")
-    parser.add_argument("--captions", type=paths.file, help=".npz of encoded captions")
+    parser.add_argument("--captions", type=paths.place, help=".npz of encoded captions")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, type=paths.file, help=".npz to write")
+    parser.add_argument("--out", required=True, type=paths.place, help=".npz to write")
     parser.add_argument("--inpaint", type=paths.file, help="image to keep a part of")
     parser.add_argument("--mask", type=paths.file, help="its mask: white is drawn anew")
-    parser.add_argument("--png", type=paths.file, help="also write a sheet of the images")
+    parser.add_argument("--png", type=paths.place, help="also write a sheet of the images")
     parser.add_argument(
         "--png_dir", type=paths.file, help="new folder: also write each image, 000000.png and so on"
     )

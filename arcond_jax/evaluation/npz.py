@@ -5,9 +5,9 @@ import os
 import warnings
 import zipfile
 from collections.abc import Mapping
-from typing import IO
 
 import numpy as np
+from etils import epath
 
 from arcond_jax import atomic
 
@@ -46,9 +46,10 @@ def read(
       ValueError: Not an npz file, a damaged one, one without a wanted array, or with an array that
         is encrypted, holds objects, or is not what its header says; always in one line.
     """
-    if not os.path.exists(path):
+    path = epath.Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such {what}.")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         # The directory of a zip file stands at its end, so a truncated file is not one either.
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path} is not a whole {what}: truncated, or of another kind.")
@@ -90,7 +91,8 @@ def whole_number(array: np.ndarray, *, where: str, at_least: int = 0) -> int:
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """One array; raises whatever zipfile, zlib and numpy raise, and ValueError for a wrong size."""
     info = archive.getinfo(name)
-    if info.compress_size > os.fstat(_opened(archive).fileno()).st_size:
+    assert archive.fp is not None  # it was not closed
+    if info.compress_size > archive.fp.seek(0, os.SEEK_END):
         raise ValueError("its size is larger than the file")
     if info.file_size > max(INFLATED, MAX_INFLATION * info.compress_size):
         raise ValueError(f"{info.compress_size} bytes would inflate to {info.file_size}")
@@ -110,11 +112,6 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         raise ValueError(f"{len(data)} bytes instead of {size}")
     array = np.ndarray(shape, dtype, buffer=data, order="F" if fortran_order else "C")
     return array.astype(dtype.newbyteorder("="), copy=False)
-
-
-def _opened(archive: zipfile.ZipFile) -> IO[bytes]:
-    assert archive.fp is not None  # it was not closed
-    return archive.fp
 
 
 def _line(error: Exception) -> str:
