@@ -20,7 +20,7 @@ from arcond_jax import build, types
 from arcond_jax import config as config_lib
 from arcond_jax.data import images
 from arcond_jax.evaluation import card, paired
-from arcond_jax.parallel import processes
+from arcond_jax.parallel import processes, stalling
 from arcond_jax.run import drawing, evaluating, refinement, restoring
 from arcond_jax.transport import drift
 
@@ -103,7 +103,8 @@ def compare(
     """Samples and scores every system with every seed."""
     # XLA compiles one program on one core, so two threads halve the wait; several processes must
     # run their programs in one order.
-    with concurrent.futures.ThreadPoolExecutor(1 if processes.are_several() else 2) as pool:
+    num_threads = 1 if processes.are_several() else 2
+    with stalling.longer(), concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         prepared = list(
             pool.map(lambda system: _Prepared(system, models[system.model], label), systems)
         )

@@ -8,7 +8,7 @@ import numpy as np
 from arcond_jax import atomic, build
 from arcond_jax.analysis import comparison, report
 from arcond_jax.cli import paths
-from arcond_jax.parallel import processes
+from arcond_jax.parallel import processes, stalling
 from arcond_jax.run import evaluating, restoring
 
 EPILOG = """examples:
@@ -53,13 +53,14 @@ def main(args: argparse.Namespace) -> None:
         comparison.System(name, "model", comparison.settings(config, overrides))
         for name, *overrides in args.system
     ]
-    measured = comparison.compare(
-        systems,
-        {"model": trained},
-        reference=evaluating.reference(config, args.checkpoint),
-        label=np.repeat(np.arange(config.data.num_classes), args.per_class),
-        seeds=range(args.num_seeds),
-    )
+    with stalling.watched(args.stall_minutes):
+        measured = comparison.compare(
+            systems,
+            {"model": trained},
+            reference=evaluating.reference(config, args.checkpoint),
+            label=np.repeat(np.arange(config.data.num_classes), args.per_class),
+            seeds=range(args.num_seeds),
+        )
     if not processes.is_first():
         return
     header, rows = comparison.table(measured, baseline=systems[0].name)

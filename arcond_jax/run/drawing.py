@@ -70,7 +70,9 @@ class Drawer:
         Arguments and errors are those of `sample`.
         """
         drawn = self.sample(refiner, prompt, seed=seed, first_row=first_row, known=known)
-        return self.decode(drawn.tokens), drawn
+        image_uint8 = self.decode(drawn.tokens)
+        stalling.ended()
+        return image_uint8, drawn
 
     def sample(
         self,
@@ -167,7 +169,6 @@ class Drawer:
         for start in range(0, num_rows, batch_size):
             part = rows(prompt, start, batch_size)  # of one size, so that the loop compiles once
             image_uint8, drawn = self(refiner, part, seed=seed, first_row=start, known=known)
-            stalling.ended()
             yield image_uint8[: num_rows - start], drawn
 
     @property

@@ -3,6 +3,7 @@
 Two processes against one, which has as many CPU devices.
 """
 
+import json
 import os
 import pathlib
 import shutil
@@ -23,14 +24,6 @@ from arcond_jax.training import writer
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "local_multiprocess.sh"
 SMALL = dict(variant="base")  # codes alone: compiles fast
-
-
-def assert_same_rows(found, wanted):
-    """Sums run in another order: a few float32 roundings (1.2e-7) apart."""
-    assert [row["step"] for row in found] == [row["step"] for row in wanted]
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours.keys() == theirs.keys()
-        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=3e-5, atol=1e-6)
 
 
 def wait_for_rows(workdir, processes):
@@ -62,7 +55,7 @@ def test_told_to_stop_one_stops_all_and_the_restart_is_as_one_process(tmp_path, 
     hosts.run(*arguments, devices=1)
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
     assert training.train(tiny.config("base", *more), tmp_path / "whole")
-    assert_same_rows(hosts.rows(workdir), hosts.rows(tmp_path / "whole"))
+    hosts.assert_same_rows(hosts.rows(workdir), hosts.rows(tmp_path / "whole"))
 
 
 @pytest.fixture
@@ -121,12 +114,14 @@ def test_of_one_that_hangs_all_show_where_and_end(photographs, tmp_path):
 def test_two_processes_are_as_one(tmp_path, monkeypatch):
     """Through the script of `launch/`, with four devices each."""
     monkeypatch.setenv("PATH", os.pathsep.join([str(program(tmp_path)), os.environ["PATH"]]))
-    images = {}
+    images, cards, scores = {}, {}, {}
     for count in (1, 2):
         workdir, npz = tmp_path / f"{count}", tmp_path / f"{count}.npz"
         sample = ["sample", "--checkpoint", workdir, "--num_images", 16, "--out", npz]
         calibrate = ["calibrate", "--checkpoint", workdir]
-        for command in (hosts.train_arguments(workdir), calibrate, sample):
+        compare = ["compare", "--checkpoint", workdir, "--num_seeds", 2, "--per_class", 2]
+        compare += ["--system", "plain", "transport.kind=none", "--system", "refined"]
+        for command in (hosts.train_arguments(workdir), calibrate, sample, compare):
             how = ["--processes", count, "--devices", 8 // count, "--port", hosts.free_port()]
             words = ["bash", SCRIPT, *how, "--logs", tmp_path / "logs", "--", *command]
             done = subprocess.run(
@@ -134,8 +129,25 @@ def test_two_processes_are_as_one(tmp_path, monkeypatch):
             )
             assert done.returncode == 0, done.stderr
         images[count] = np.load(npz)["arr_0"].astype(np.int32)
-    assert_same_rows(hosts.rows(tmp_path / "2"), hosts.rows(tmp_path / "1"))
+        hosts.run("evaluate", "--samples", npz, "--checkpoint", workdir, count=1)
+        cards[count] = numbers(json.loads(npz.with_suffix(".card.json").read_text()))
+        scores[count] = numbers(json.loads((workdir / "comparison.json").read_text()))
+    assert len(cards[1]) > 5 and len(scores[1]) > 20
+    # A level of a pixel here and there.
+    np.testing.assert_allclose(cards[2], cards[1], rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(scores[2], scores[1], rtol=1e-2, atol=1e-2)
+    hosts.assert_same_rows(hosts.rows(tmp_path / "2"), hosts.rows(tmp_path / "1"))
     assert np.abs(images[1] - images[2]).max() <= 1
+
+
+def numbers(tree):
+    """All of a JSON document but those of time, in its order."""
+    if isinstance(tree, dict):
+        timed = ("milliseconds_per_image", "refinement_share_of_time")
+        return [x for name, value in tree.items() if name not in timed for x in numbers(value)]
+    if isinstance(tree, list):
+        return [x for value in tree for x in numbers(value)]
+    return [float(tree)] if isinstance(tree, (int, float)) else []
 
 
 def program(folder):
