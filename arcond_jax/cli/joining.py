@@ -13,10 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-from jax._src import distributed  # jax has no public name for what processes tell each other
 
 from arcond_jax import build
 from arcond_jax import config as config_lib
@@ -126,7 +124,7 @@ def leave(code: int, line: str | None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     told = {"process": jax.process_index(), "host": socket.gethostname(), "code": code}
-    client = _client()
+    client = processes.client()
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or all is lost
         client.key_value_set(FAILURE, json.dumps(told | {"line": line}))
     with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -140,7 +138,7 @@ def _listen(process_id: int) -> None:
     while True:
         time.sleep(ASKED)
         try:
-            told = json.loads(_client().key_value_try_get(FAILURE))
+            told = json.loads(processes.client().key_value_try_get(FAILURE))
         except jax.errors.JaxRuntimeError:  # none failed
             continue
         except AttributeError:  # the client is gone: jax ends with the command
@@ -150,11 +148,6 @@ def _listen(process_id: int) -> None:
         stopping.say(f"process {told['process']} on {told['host']}: {told['line']}\n")
         time.sleep(_until_heard() if process_id == 0 else 0)
         os._exit(told["code"])
-
-
-def _client() -> Any:
-    """What all processes write to and read from, at the coordinator."""
-    return distributed.global_state.client
 
 
 def _until_heard() -> float:

@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
     import jax
 
     from arcond_jax.cli import compilation, failing, joining
+    from arcond_jax.parallel import processes
 
     if jax.config.read("jax_enable_x64"):  # keys would draw other numbers
         logging.warning("JAX_ENABLE_X64 is not heeded: nothing here is computed in 64 bits")
@@ -64,7 +65,9 @@ def main(argv: list[str]) -> int:
     def run() -> int | None:
         if args.command in TOGETHER:
             joining.join(args, argv)
-        return module_of(args.command).main(args)
+        code = module_of(args.command).main(args)
+        processes.together()  # one may still write what all have drawn
+        return code
 
     code, line = failing.guarded(args.command, run)
     joining.leave(code, line)

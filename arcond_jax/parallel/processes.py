@@ -4,17 +4,22 @@ With one process each of these is what one would write without it.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # jax has no public name for what processes tell each other
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
 
 from arcond_jax.parallel import mesh as mesh_lib
+
+DAY = 24 * 60 * 60 * 1000  # milliseconds
+_meetings = itertools.count()
 
 
 def are_several() -> bool:
@@ -97,13 +102,22 @@ def from_first(make: Callable[[], Any], abstract: Any) -> Any:
         return make()
     zeros = functools.partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
     tree = make() if is_first() else zeros(abstract)
+    together()
     return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
 
 
 def together() -> None:
-    """Waits for all processes; before one removes or makes what others look for."""
+    """Waits for all processes, for a day if need be: before or after what one of them does alone.
+
+    Not on the devices: the first collective of CPUs gives up when one is half a minute late.
+    """
     if are_several():
-        multihost_utils.sync_global_devices("together")
+        client().wait_at_barrier(f"together {next(_meetings)}", DAY)
+
+
+def client() -> Any:
+    """What all processes write to and read from, at the first of them."""
+    return distributed.global_state.client
 
 
 def anywhere(flag: bool) -> bool:
