@@ -5,6 +5,7 @@ import shutil
 import hosts
 import numpy as np
 import pytest
+import tiny
 
 from arcond_jax.run import restoring
 
@@ -43,7 +44,8 @@ def test_other_hosts_go_on_with_it(layout, whole, tmp_path):
     shutil.rmtree(workdir / "bank")
     hosts.run(*hosts.train_arguments(workdir, *more), **how)
     hosts.assert_same_rows(hosts.rows(workdir), hosts.rows(expected))
-    ours, theirs = (restoring.restore(x).bank for x in (workdir, expected))
+    here = tiny.config()  # on the devices of the tests
+    ours, theirs = (restoring.restore(x, config=here).bank for x in (workdir, expected))
     np.testing.assert_array_equal(ours.count, theirs.count)  # each image once
     np.testing.assert_allclose(ours.atoms, theirs.atoms, rtol=1e-3, atol=1e-4)
     flags = [f"--config.{x}" for x in more]
