@@ -274,7 +274,15 @@ def steps_of(directory: str) -> dict[int, float]:
     path = _absolute(directory)
     if not path.is_dir():
         return {}
-    return {int(x.name): float(x.stat().mtime) for x in path.iterdir() if x.name.isdigit()}
+    found = (x for x in path.iterdir() if x.name.isdigit() and is_whole(x))
+    return {int(x.name): float(x.stat().mtime) for x in found}
+
+
+def is_whole(directory: epath.PathLike) -> bool:
+    """Whether a checkpoint or tree lies there that was written to its end."""
+    path = _absolute(str(directory))
+    # In a bucket nothing is renamed in the end, and Orbax writes a file last that says so.
+    return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
 
 
 def unfinished_name(name: str) -> str:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num_seeds", type=int, default=10)
     parser.add_argument("--per_class", type=int, default=100, help="images of a class per seed")
-    parser.add_argument("--out", type=paths.file, help="default: comparison.json in the workdir")
+    parser.add_argument("--out", type=paths.place, help="default: comparison.json in the workdir")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -60,9 +60,9 @@ def main(args: argparse.Namespace) -> None:
         label=np.repeat(np.arange(config.data.num_classes), args.per_class),
         seeds=range(args.num_seeds),
     )
-    header, rows = comparison.table(measured, baseline=systems[0].name)
-    print(report.table_text(header, rows))
     if not processes.is_first():
         return
+    header, rows = comparison.table(measured, baseline=systems[0].name)
+    print(report.table_text(header, rows))
     atomic.write_text(out, json.dumps(comparison.as_json(measured), indent=2) + "\n")
     print(f"written: {out}")

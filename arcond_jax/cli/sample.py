@@ -63,13 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="balanced",
         help="classes in turn, or each drawn with the seed; default: balanced",
     )
-    parser.add_argument("--captions", type=paths.file, help=".npz of encoded captions")
+    parser.add_argument("--captions", type=paths.place, help=".npz of encoded captions")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, type=paths.file, help=".npz to write")
+    parser.add_argument("--out", required=True, type=paths.place, help=".npz to write")
     parser.add_argument("--inpaint", type=paths.file, help="image to keep a part of")
     parser.add_argument("--mask", type=paths.file, help="its mask: white is drawn anew")
     parser.add_argument(
-        "--png", type=paths.file, help=f"also write a sheet of the first {COLUMNS * ROWS}"
+        "--png", type=paths.place, help=f"also write a sheet of the first {COLUMNS * ROWS}"
     )
     parser.add_argument(
         "--png_dir", type=paths.file, help="new folder: also write each image, 000000.png and so on"

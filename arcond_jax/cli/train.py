@@ -23,7 +23,7 @@ Run the same command again to resume. Ctrl-C, SIGTERM and SIGHUP save and exit 7
 (the & of a shell script shields a run from Ctrl-C), where 0 means complete; Ctrl-C after that ends
 it at once as long as there is no new step to save. Learning rate and clipping may change on the
 way; --restart_from goes back to an earlier checkpoint. Several hosts run one process each, started
-alike in a working directory that all of them see: docs/pods.md."""
+alike in a working directory that all of them see: docs/hosts.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +77,7 @@ def main(args: argparse.Namespace) -> int:
         start_from=start_from,
         restart_from=args.restart_from,
         watch=training.Watch(args.wandb, args.profile),
+        stall_minutes=args.stall_minutes,
     )
     print(f"{'complete' if complete else 'stopped and saved'}: {workdir}")
     return 0 if complete else failing.STOPPED

@@ -4,6 +4,7 @@ Arrays larger than memory are written in pieces, and mapped where they are read.
 """
 
 import dataclasses
+import io
 import math
 import os
 import struct
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
 import numpy as np
+from etils import epath
 
 from arcond_jax import atomic
 
@@ -103,9 +105,10 @@ def read(
       ValueError: Not an npz file, a damaged one, one without a wanted array, or with an array that
         is encrypted, holds objects, or is not what its header says; always in one line.
     """
-    if not os.path.exists(path):
+    path = epath.Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such {what}.")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         # The directory of a zip file stands at its end, so a truncated file is not one either.
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path} is not a whole {what}: truncated, or of another kind.")
@@ -213,7 +216,8 @@ def whole_number(array: np.ndarray, *, where: str, at_least: int = 0) -> int:
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """One array; raises whatever zipfile, zlib and numpy raise, and ValueError for a wrong size."""
     info = archive.getinfo(name)
-    if info.compress_size > os.fstat(_opened(archive).fileno()).st_size:
+    assert archive.fp is not None  # it was not closed
+    if info.compress_size > archive.fp.seek(0, os.SEEK_END):
         raise ValueError("its size is larger than the file")
     if info.file_size > max(INFLATED, MAX_INFLATION * info.compress_size):
         raise ValueError(f"{info.compress_size} bytes would inflate to {info.file_size}")
@@ -237,7 +241,8 @@ def _on_disk(
 ) -> tuple[IO[bytes], int]:
     """A file that holds the rest of a member as it is, and from where on; its checksum is right."""
     start = member.tell()
-    stored = info.compress_type == zipfile.ZIP_STORED
+    # What is compressed, or in a bucket, cannot be mapped where it lies.
+    stored = info.compress_type == zipfile.ZIP_STORED and isinstance(archive.fp, io.BufferedReader)
     place = _opened(archive) if stored else tempfile.TemporaryFile()  # noqa: SIM115  # is mapped
     count = 0
     while data := member.read(PIECE):

@@ -15,14 +15,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from arcond_jax import atomic
+from arcond_jax import atomic, caches, digest
 
 SETTINGS, UNFINISHED = "settings.json", "unfinished"
 MISSING = "nothing"
 
 
 def path_of(path: str | os.PathLike) -> pathlib.Path:
-    """Where the part of a file or folder lies: beside it, or beside what a link leads to."""
+    """Where the part of a file or folder lies: beside it, or beside what a link leads to.
+
+    Of one in a bucket it lies in the user's caches.
+    """
+    if "://" in str(path):
+        return caches.folder("samples") / f"{digest.of_json(str(path))[:16]}.part"
     target = pathlib.Path(path).resolve()
     return target.with_name(f"{target.name}.part")
 
@@ -97,7 +102,7 @@ class Part:
     def _begin(self) -> None:
         """Whatever is there is of other settings, or damaged."""
         self.remove()
-        self.path.mkdir()
+        self.path.mkdir(parents=True)
         atomic.write_text(self.path / SETTINGS, json.dumps(self._settings, indent=2) + "\n")
 
     def batches(self) -> Iterator[UInt8[np.ndarray, "n height width channels"]]:

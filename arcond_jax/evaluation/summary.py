@@ -21,7 +21,7 @@ from jaxtyping import Float32, Int, UInt8
 from arcond_jax.evaluation import features as features_lib
 from arcond_jax.evaluation import image_sets, moments, scores
 from arcond_jax.parallel import mesh as mesh_lib
-from arcond_jax.parallel import processes
+from arcond_jax.parallel import processes, stalling
 
 Labelled = tuple[np.ndarray, np.ndarray | None]  # uint8 images and, where known, their classes
 Images = image_sets.ImageSet | Iterable[Labelled]
@@ -138,10 +138,12 @@ class _Checked:
             self.count = len(self._images)
             for start in range(0, self.count, size):
                 yield start, functools.partial(self._part, start)
+                stalling.ended()
         else:
             for batch in _rechunked(map(self._taken, self._images), size):
                 start, self.count = self.count, self.count + len(batch)
                 yield start, lambda low, high, batch=batch: batch[low:high]
+                stalling.ended()
         if not self.count:
             raise ValueError(f"There are no {self._what} to evaluate.")
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from arcond_jax import build, types
-from arcond_jax.parallel import compiled, memory, processes
+from arcond_jax.parallel import compiled, memory, processes, stalling
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run.restoring import Trained
 from arcond_jax.sampling import mar as mar_sampling
@@ -70,7 +70,9 @@ class Drawer:
         Arguments and errors are those of `sample`.
         """
         drawn = self.sample(refiner, prompt, seed=seed, first_row=first_row, known=known)
-        return self.decode(drawn.tokens), drawn
+        image_uint8 = self.decode(drawn.tokens)
+        stalling.ended()
+        return image_uint8, drawn
 
     def sample(
         self,

@@ -18,7 +18,7 @@ from jaxtyping import Int, UInt8
 from arcond_jax import atomic, build, checkpoint
 from arcond_jax.evaluation import reference as reference_lib
 from arcond_jax.evaluation import scoring
-from arcond_jax.parallel import processes
+from arcond_jax.parallel import processes, stalling
 from arcond_jax.run import captions as captions_lib
 from arcond_jax.run import drawing, evaluating, restoring
 from arcond_jax.training import state as state_lib
@@ -142,14 +142,15 @@ class Scores:
         self, step: int, state: state_lib.TrainState, told: Callable[[], bool]
     ) -> scoring.Card:
         self._drawer.trained = dataclasses.replace(self._trained, params=state.ema, step=step)
-        return scoring.score(
-            self._drawn(told),
-            self._judge.network.extractor,
-            self._judge.reference,
-            total=len(self._label),
-            num_classes=self._num_classes,
-            mesh=self._judge.network.mesh,
-        )
+        with stalling.longer():
+            return scoring.score(
+                self._drawn(told),
+                self._judge.network.extractor,
+                self._judge.reference,
+                total=len(self._label),
+                num_classes=self._num_classes,
+                mesh=self._judge.network.mesh,
+            )
 
     def _drawn(
         self, told: Callable[[], bool]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import clu.parameter_overview
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -16,7 +15,7 @@ from jaxtyping import UInt8
 from arcond_jax import atomic, build, checkpoint, types
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.data import folder, pipeline
-from arcond_jax.parallel import compiled, operations, processes
+from arcond_jax.parallel import compiled, operations, processes, stalling
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run import captions as captions_lib
 from arcond_jax.run import drawing, exclusive, online, refinement, restoring
@@ -57,6 +56,7 @@ def train(
     start_from: initial_lib.Initial | None = None,
     restart_from: int | None = None,
     watch: Watch | None = None,
+    stall_minutes: float | None = None,
 ) -> bool:
     """Trains to `training.num_train_steps`, from the last checkpoint in `workdir` if there is one.
 
@@ -66,6 +66,7 @@ def train(
       start_from: Weights that a fresh run starts with.
       restart_from: Step of an earlier checkpoint to go on from; later ones are removed.
       watch: How it is looked at, beside its log in `workdir`.
+      stall_minutes: Ends the process, as `stalling.watched` does, when no step ended for so long.
 
     Returns:
       Whether the run is complete; False if it was told to stop (SIGTERM, SIGINT or SIGHUP), with
@@ -97,6 +98,7 @@ def train(
     with (
         stopping.Stop() as stop,
         exclusive.only_run(workdir),
+        stalling.watched(stall_minutes),
         checkpoint.Checkpoints(
             f"{workdir}/checkpoints",
             every=settings.checkpoint_every,
@@ -114,12 +116,13 @@ def train(
             judge = online.judge(config, workdir)
             state = _train(trained, workdir, checkpoints, batches, state, draw, judge, stop, watch)
             trained = dataclasses.replace(trained, params=state.ema, step=int(state.step))
-        checkpoints.wait()
-        stop.unsaved = False
-        if processes.anywhere(bool(stop)) or trained.step < settings.num_train_steps:
-            return False
-        _fill_bank(trained, workdir)
-        return not processes.anywhere(bool(stop))
+        with stalling.longer():
+            checkpoints.wait()
+            stop.unsaved = False
+            if processes.anywhere(bool(stop)) or trained.step < settings.num_train_steps:
+                return False
+            _fill_bank(trained, workdir)
+            return not processes.anywhere(bool(stop))
 
 
 def _warn_of_held_out(config: build.Config) -> None:
@@ -169,7 +172,9 @@ def _train(
 
     def step_fn(state: state_lib.TrainState, batch: types.Batch) -> tuple[Any, dict]:
         checkpoints.check()  # no step more than needed where the disk is full
-        return compiled_step(state, tokenizer, batch)
+        updated = compiled_step(state, tokenizer, batch)
+        stalling.ended()  # this step is queued, and the one before the last has
+        return updated
 
     evaluate = None
     if judge is not None:
@@ -230,7 +235,8 @@ def _measure(trained: restoring.Trained) -> loop.Measure | None:
 
     def measure(state: state_lib.TrainState, batch: types.Batch) -> dict[str, float]:
         nonlocal unsaid
-        scalars = {name: float(x) for name, x in measure_fn(state, tokenizer, batch).items()}
+        with stalling.longer():
+            scalars = {name: float(x) for name, x in measure_fn(state, tokenizer, batch).items()}
         same = {x: scalars[x] for x in scalars if x.startswith("windows/unchanged")}
         copied = [f"{name} {share:.2f}" for name, share in same.items() if share > MAX_UNCHANGED]
         if unsaid and copied:
@@ -316,7 +322,8 @@ def _sheets(
             drawer.trained = dataclasses.replace(trained, params=state.ema, step=step)
             prompt = captions_lib.prompt_of(label, captions)
             try:
-                image_uint8 = drawer.images(refiners.Identity(), prompt, seed=0)
+                with stalling.longer():
+                    image_uint8 = drawer.images(refiners.Identity(), prompt, seed=0)
             except drawing.NotFiniteError as error:  # no reason to lose the run
                 logging.warning("no samples at step %d: %s", step, error)
                 return
@@ -343,8 +350,7 @@ class _Batches:
             source,
             global_batch_size=config.data.batch_size,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=processes.local_rows(mesh, config.data.batch_size),
             num_threads=config.data.num_threads,
         )
         self._ahead = pipeline.Ahead(iterator, self._place)

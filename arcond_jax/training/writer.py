@@ -12,6 +12,7 @@ from etils import epath
 
 from arcond_jax import atomic
 from arcond_jax.config import ConfigError
+from arcond_jax.training import appending
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -40,7 +41,7 @@ class JsonLines:
         self._path = path = epath.Path(path)
         kept = [row for row in read_rows(path) if row["step"] <= resume_at]
         atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
+        self._file = appending.opened(path)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         values = {
