@@ -81,7 +81,9 @@ def test_gone_on_with_it_is_as_never_stopped(kept, scored, tmp_path):
 def test_told_to_stop_nothing_is_scored(scored):
     trained = restoring.restore(scored, config=config())
     judge = online.judge(trained.config, scored)
-    scores = online.Scores(trained, judge, None, None)
+    assert judge is not None
+    best = online.Best(scored, trained, position=lambda: {}, saved_config={})
+    scores = online.Scores(trained, judge, None, best)
     state = build.train_state(trained.config, trained.mesh)
     assert scores(6, state, lambda: True) == {}
 
