@@ -10,7 +10,6 @@ import argparse
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from arcond_jax.nn import attention, kernels
 from arcond_jax.parallel import compiled, topology
@@ -59,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--topology", default="v5e:2x2")
     args = parser.parse_args()
-    devices = np.array(topology.named(args.topology).devices[:1])
+    devices = topology.named(args.topology).devices[:1]
     mesh = mesh_lib.make_mesh(devices=devices)
     print("| images x positions | heads | causal | einsum | kernel | trains so |")
     print("|---|---|---|---|---|---|")

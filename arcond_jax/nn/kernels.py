@@ -6,7 +6,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,9 @@ from arcond_jax import placement
 EINSUM, SPLASH, CUDNN = KINDS = ("einsum", "splash", "cudnn")
 
 # Of fewer positions a kernel takes more memory than the scores that it saves, since what goes in
-# and out of it lies padded: 377 MiB against 193 at 128 (benchmarks/attention.py, docs/pods.md).
+# and out of it lies padded: 377 MiB against 169 at 128 (benchmarks/attention.py, docs/pods.md).
 MIN_LENGTH = 256
-MAX_HEAD_DIM = (
-    128  # Splash's where it is no multiple of that; cuDNN's on every card that it runs on
-)
+MAX_HEAD_DIM = 128  # of cuDNN on all its cards; of Splash where it is no multiple of that
 LANES = 128  # Splash takes a multiple of so many positions
 MAX_PADDING = 1.25  # times the length
 MAX_BLOCK = 1152  # positions whose scores a TPU's vector memory holds, with those of their gradient
@@ -57,7 +55,8 @@ def choose(
         return EINSUM
     if platform == "tpu" and _padded(num_queries) <= MAX_PADDING * num_queries:
         return SPLASH
-    if platform == "gpu" and head_dim % 8 == 0 and _has_cudnn():
+    # jax refuses odd lengths where there is a gradient.
+    if platform == "gpu" and head_dim % 8 == 0 and num_queries % 2 == 0 and _has_cudnn():
         return CUDNN
     return EINSUM
 
@@ -111,7 +110,7 @@ def splash(
         )
         queries = queries / math.sqrt(queries.shape[-1])
         mixed = jax.vmap(kernel)(heads_first(queries), heads_first(keys), heads_first(values))
-        return jnp.swapaxes(mixed, 1, 2)[:, :length]
+        return jnp.swapaxes(cast(Array, mixed), 1, 2)[:, :length]
 
     return _on_each_device(local, queries, keys, values)
 
@@ -155,7 +154,7 @@ def _has_cudnn() -> bool:
     x = jax.ShapeDtypeStruct((1, MIN_LENGTH, 1, 64), jnp.bfloat16)
     try:
         jax.eval_shape(functools.partial(cudnn, is_causal=True), x, x, x)
+        card = jax.local_devices(backend="gpu")[0]
     except (RuntimeError, NotImplementedError):  # jax says so of what is missing or too old
         return False
-    major, _ = jax.local_devices(backend="gpu")[0].compute_capability.split(".")
-    return int(major) >= 8  # cuDNN's kernel begins with Ampere
+    return int(card.compute_capability.split(".")[0]) >= 8  # cuDNN's kernel begins with Ampere
