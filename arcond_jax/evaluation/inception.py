@@ -190,7 +190,8 @@ def outputs(
 
 def _rows(prepared: Array) -> int | None:
     """`CPU_ROWS` on one CPU, where a call gets its memory anew and pages are slow to come."""
-    if isinstance(prepared, jax.core.Tracer) or len(prepared.devices()) > 1:
+    is_traced = isinstance(prepared, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+    if is_traced or len(prepared.devices()) > 1:
         return None
     return CPU_ROWS if next(iter(prepared.devices())).platform == "cpu" else None
 
