@@ -105,7 +105,9 @@ def test_inception_on_eight_devices_is_as_on_one(monkeypatch):
     params = jax.tree.map(
         lambda x: 0.1 * rng.standard_normal(x.shape, np.float32) + (x.ndim == 1), abstract
     )
-    network = inception.Inception(folded(params), "tf", "float32", "ab" * 32, published=False)
+    network = inception.Inception(
+        jax.jit(folded)(params), "tf", "float32", "ab" * 32, published=False
+    )
     images = image_sets.Array(rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
     mesh = mesh_lib.make_mesh()
     assert mesh.size == 8
