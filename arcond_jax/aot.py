@@ -5,6 +5,7 @@ each other and how much they compute are read from it; how long it would take is
 compiler estimates is no measurement.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -17,9 +18,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 from jax.sharding import Mesh
 
 from arcond_jax import build, types
+from arcond_jax.nn import attention, kernels
 from arcond_jax.parallel import collectives as collectives_lib
 from arcond_jax.parallel import compiled, memory, operations
 from arcond_jax.parallel import mesh as mesh_lib
@@ -52,6 +55,8 @@ class Report:
       fits: Whether the compiler could lay the program out.
       operations: Multiplications and additions of matrix products on a device, those that are
         done again included; None where they depend on data.
+      attention: Of each kind in `nn.kernels.KINDS` that the program has, the numbers of queries
+        and of keys.
       collectives: Of one step; None if the program does not fit, which is known before them.
       compile_seconds: Until the compiler was done or gave up.
     """
@@ -69,6 +74,7 @@ class Report:
     limit: int
     fits: bool
     operations: float | None
+    attention: dict[str, list[tuple[int, int]]]
     collectives: list[collectives_lib.Collective] | None
     compile_seconds: float
 
@@ -133,9 +139,18 @@ def compile_for(
         limit=limit,
         fits=fits and sum(program.parts.values()) + temporary <= limit,
         operations=None if count is None else count / mesh.size,
+        attention=_attention(traced.jaxpr),
         collectives=found,
         compile_seconds=time.perf_counter() - start,
     )
+
+
+def _attention(program: core.ClosedJaxpr) -> dict[str, list[tuple[int, int]]]:
+    found = collections.defaultdict(set)
+    for equation in operations.equations(program.jaxpr):
+        for kind, *sizes in attention.SCOPE.findall(str(equation.source_info.name_stack)):
+            found[kind].add(tuple(map(int, sizes)))
+    return {kind: sorted(found[kind]) for kind in kernels.KINDS if kind in found}
 
 
 def search(

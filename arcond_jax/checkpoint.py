@@ -266,8 +266,23 @@ class Checkpoints:
 
 def has_steps(directory: str) -> bool:
     """Whether a directory holds a checkpoint of a run."""
+    return bool(steps_of(directory))
+
+
+def steps_of(directory: str) -> dict[int, float]:
+    """Steps of the checkpoints in a directory, and when each was written, in seconds since 1970."""
     path = _absolute(directory)
-    return path.is_dir() and any(child.name.isdigit() for child in path.iterdir())
+    if not path.is_dir():
+        return {}
+    found = (x for x in path.iterdir() if x.name.isdigit() and is_whole(x))
+    return {int(x.name): float(x.stat().mtime) for x in found}
+
+
+def is_whole(directory: epath.PathLike) -> bool:
+    """Whether a checkpoint or tree lies there that was written to its end."""
+    path = _absolute(str(directory))
+    # In a bucket nothing is renamed in the end, and Orbax writes a file last that says so.
+    return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
 
 
 def unfinished_name(name: str) -> str:

@@ -44,6 +44,18 @@ def spec(
     return PartitionSpec(*kept)
 
 
+def platform() -> str | None:
+    """What the program that is being traced is for, "cpu", "gpu" or "tpu"; None if for all of them.
+
+    The mesh says it, also where the program is compiled on a machine of another platform. A mesh
+    without devices stands for all, and outside a mesh a program runs where jax does.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend()
+    return None if mesh.abstract_device is None else mesh.abstract_device.platform
+
+
 def num_batch_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     """Pieces that a batch is cut into; None for the mesh that a program is being traced for."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh

@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 from matplotlib import figure
 
-from arcond_jax.evaluation import frechet
+from arcond_jax.evaluation import frechet, moments
 
 WIDTH = 64  # features
 COUNTS = (100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     spread = np.sqrt(10.0 / np.arange(1, WIDTH + 1))
-    exact = frechet.Statistics(np.zeros(WIDTH), np.diag(spread**2), count=2)
+    exact = moments.Statistics(np.zeros(WIDTH), np.diag(spread**2), count=2)
     picture = figure.Figure(figsize=(6, 3.5), layout="constrained")
     axes = picture.subplots()
     for name, distance in GAPS.items():
@@ -38,7 +38,7 @@ def main() -> None:
             [
                 [
                     frechet.frechet_distance(
-                        frechet.statistics(shift + spread * rng.standard_normal((n, WIDTH))), exact
+                        moments.statistics(shift + spread * rng.standard_normal((n, WIDTH))), exact
                     )
                     for n in COUNTS
                 ]

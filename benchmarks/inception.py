@@ -31,7 +31,7 @@ import torch_fidelity  # pyright: ignore[reportMissingImports]
 from arcond_jax.convert import inception as table_of
 from arcond_jax.convert import table
 from arcond_jax.data import images
-from arcond_jax.evaluation import frechet, inception, scores
+from arcond_jax.evaluation import frechet, inception, moments, scores
 from arcond_jax.run import extractor
 
 BATCH_SIZE = 50  # pytorch-fid's
@@ -84,7 +84,7 @@ def read(folder: pathlib.Path, made: inception.Inception) -> tuple[np.ndarray, n
 def ours(folders: list[pathlib.Path], made: inception.Inception) -> dict[str, float]:
     """FID between the folders, and Inception Score of the first."""
     (features, logits), (others, _) = (read(folder, made) for folder in folders)
-    distance = frechet.frechet_distance(frechet.statistics(features), frechet.statistics(others))
+    distance = frechet.frechet_distance(moments.statistics(features), moments.statistics(others))
     return {"FID": distance, "Inception Score": scores.inception_score(logits)}
 
 

@@ -26,7 +26,7 @@ from arcond_jax import build
 from arcond_jax.analysis import windows as windows_lib
 from arcond_jax.configs import cifar10, digits
 from arcond_jax.data import images
-from arcond_jax.evaluation import card, features, frechet
+from arcond_jax.evaluation import card, features, frechet, moments
 from arcond_jax.run import drawing, evaluating, initial, restoring, training
 from arcond_jax.transport import refiners
 
@@ -186,7 +186,7 @@ class Judge:
     """Real images, and a classifier's features of them."""
 
     reference: card.Reference
-    by_class: dict[int, frechet.Statistics]
+    by_class: dict[int, moments.Statistics]
     label: np.ndarray
 
     @classmethod
@@ -198,7 +198,7 @@ class Judge:
         image = images.Scaled(image) if image.dtype == np.uint8 else image
         read = features.read(reference.extractor, image, what="training images").features
         label = split.label[rows]
-        by_class = {int(c): frechet.statistics(read[label == c]) for c in np.unique(label)}
+        by_class = {int(c): moments.statistics(read[label == c]) for c in np.unique(label)}
         drawn = np.repeat(np.arange(config.data.num_classes), args.per_class)
         return cls(reference, by_class, drawn)
 
@@ -208,7 +208,7 @@ class Judge:
         made = card.evaluate(image, self.label, reference=self.reference, settings=settings)
         drawn = features.read(self.reference.extractor, image, what="samples").features
         distances = [
-            frechet.frechet_distance(frechet.statistics(drawn[self.label == c]), real)
+            frechet.frechet_distance(moments.statistics(drawn[self.label == c]), real)
             for c, real in self.by_class.items()
         ]
         found = dict(made.measurements) | {"class_frechet_distance": float(np.mean(distances))}

@@ -4,8 +4,9 @@
 #   launch/gcluster.sh [--dry-run] [--settings FILE] [--manifest FILE] [train|preflight]
 #
 # --manifest has gcluster write the manifest into FILE and submit nothing. gcluster fails a job at any
-# exit code that is not named; named are 75 (stopped and saved) and what a process has that was killed
-# (137, 143) or lost another one (134, 139). Needs gcluster of the Cluster Toolkit, v1.106 or near.
+# exit code that is not named; named are 75 (stopped and saved), 124 (it hung) and what a process has
+# that was killed (137, 143) or lost another one (134, 139). Needs gcluster of the Cluster Toolkit, v1.106
+# or near.
 #
 # https://github.com/GoogleCloudPlatform/cluster-toolkit/blob/main/docs/gcluster_job_guide.md
 # https://github.com/GoogleCloudPlatform/cluster-toolkit/blob/main/cmd/job/submit.go (flags)
@@ -40,5 +41,5 @@ fi
 run gcluster job submit --name "$NAME" --project "$PROJECT" --cluster "$CLUSTER" \
   --location "$LOCATION" --compute-type "$MACHINE" --topology "$TOPOLOGY" \
   --num-slices "$NUM_SLICES" --image "$IMAGE" --command "exec $(quoted "${COMMAND[@]}")" \
-  --restarts "$MAX_RESTARTS" --restart-on-exit-codes 75,134,137,139,143 \
+  --restarts "$MAX_RESTARTS" --restart-on-exit-codes 75,124,134,137,139,143 \
   --grace-period "${GRACE_SECONDS}s" ${MANIFEST[@]+"${MANIFEST[@]}"}

@@ -48,6 +48,17 @@ def config(variant: str = "joint", *more: str) -> build.Config:
     return build.load_config(f"digits:{variant}", (*overrides(variant), *more))
 
 
+NUM_SCORED = 80  # more than the 32 features of the small classifier
+
+
+def scored_config(*more: str) -> build.Config:
+    """Of a run that is scored while it trains, without refinement."""
+    small = (x for x in overrides("ar") if not x.startswith("transport"))
+    scores = ("evaluation.every=2", f"evaluation.num_images={NUM_SCORED}")
+    settings = (*small, *scores, "transport.kind=none", "training.log_every=3", *more)
+    return build.load_config("digits:ar", settings)
+
+
 def batch(tiny: build.Config) -> types.Batch:
     """The first images of the training split."""
     split, size = build.source(tiny, "train"), tiny.data.batch_size

@@ -20,6 +20,7 @@ from arcond_jax import build, types
 from arcond_jax import config as config_lib
 from arcond_jax.data import images
 from arcond_jax.evaluation import card, paired
+from arcond_jax.parallel import processes, stalling
 from arcond_jax.run import drawing, evaluating, refinement, restoring
 from arcond_jax.transport import drift
 
@@ -100,14 +101,20 @@ def compare(
     seeds: Sequence[int],
 ) -> dict[str, Measured]:
     """Samples and scores every system with every seed."""
-    # XLA compiles one program on one core, so two threads halve the wait.
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    # XLA compiles one program on one core, so two threads halve the wait; several processes must
+    # run their programs in one order.
+    num_threads = 1 if processes.are_several() else 2
+    with stalling.longer(), concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         prepared = list(
             pool.map(lambda system: _Prepared(system, models[system.model], label), systems)
         )
     ideal = {name: refinement.conditions(trained, "held_out") for name, trained in models.items()}
     progress = tqdm.tqdm(
-        total=len(seeds) * len(systems), desc="sampling", unit="set", mininterval=1.0
+        total=len(seeds) * len(systems),
+        desc="sampling",
+        unit="set",
+        mininterval=1.0,
+        disable=not processes.is_first(),
     )
     with progress:
         for seed in seeds:
@@ -152,7 +159,7 @@ class _Prepared:
             )
         )
         assert sampled.cond is not None  # traced
-        drawn, refined = (np.asarray(cond) for cond in sampled.cond)
+        drawn, refined = processes.fetch(sampled.cond)
         self._drift_drawn.append(_drift(drawn, self._label, ideal))
         unrefined = self._config.transport.kind == "none"
         self._drift.append(
@@ -161,7 +168,8 @@ class _Prepared:
         self._cond = drawn
 
     def measured(self) -> Measured:
-        seconds = refiner_seconds(self._refiner, self._cond, self._label)
+        refiner = processes.fetch(self._refiner)
+        seconds = refiner_seconds(refiner, self._cond, self._label)
         total = float(np.median(self._milliseconds)) * len(self._label) / 1e3
         return Measured(
             cards=self._cards,

@@ -137,26 +137,6 @@ def write_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "height width 
         file.write(png_bytes(picture))
 
 
-def write_png_folder(
-    path: str | os.PathLike, image_uint8: UInt8[np.ndarray, "n height width channels"]
-) -> None:
-    """Writes a folder of 000000.png and so on, as pytorch-fid, clean-fid and torch-fidelity read.
-
-    It appears with all of its files or not at all.
-
-    Args:
-      path: Folder to make; an empty one may be there.
-      image_uint8: Grey (1 channel) or RGB (3 channels).
-
-    Raises:
-      OSError: It cannot be written, or is there and not empty.
-    """
-    with atomic.folder(path) as folder:
-        for index, image in enumerate(image_uint8):
-            picture = image[..., 0] if image.shape[-1] == 1 else image
-            PIL.Image.fromarray(picture).save(folder / f"{index:06d}.png")
-
-
 @matplotlib.rc_context(STYLE)
 def figure_png(figure: matplotlib.figure.Figure) -> bytes:
     """Encodes a figure as PNG on a transparent ground, at `RESOLUTION` pixels per inch."""

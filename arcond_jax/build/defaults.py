@@ -32,6 +32,12 @@ TRAINING = {
     "checkpoint_every": keys.integer(500),
     "checkpoints_kept": keys.integer(2),
 }
+EVALUATION = {  # while a run trains
+    "every": keys.integer(None, optional=True),
+    "num_images": keys.integer(1000, low=2),
+    "inception": keys.text(None, optional=True),  # the small classifier of the run
+    "reference": keys.text(None, optional=True),  # the held-out images of the data
+}
 MESH = {
     "data": keys.integer(None, optional=True),  # all devices that are left
     "fsdp": keys.integer(1),
@@ -55,6 +61,7 @@ OF_BASE = (
     "tensorar.draft_weight",
 )
 OF_NOISE = ("tensorar.noise", "tensorar.noise_schedule", "tensorar.nested")
+OF_EVALUATION = tuple(f"evaluation.{name}" for name in EVALUATION if name != "every")
 # Settings in no section. A key of JAX is made of 32 bits.
 APART = {"name": keys.text(""), "seed": keys.integer(0, low=0, high=2**32 - 1)}
 NAMES = ("name", "kind")  # of settings that a choice has made already
@@ -83,7 +90,13 @@ def sections(
     }
     if windows:
         made["tensorar"] = dict(family.TENSORAR)
-    made |= {"loss": {}, "training": dict(TRAINING), "mesh": dict(MESH), "sampling": {}}
+    made |= {
+        "loss": {},
+        "training": dict(TRAINING),
+        "evaluation": dict(EVALUATION),
+        "mesh": dict(MESH),
+        "sampling": {},
+    }
     for section, added in record.sections.items():
         made.setdefault(section, {}).update(added)
     if windows:
@@ -185,6 +198,7 @@ def silent(config: Config) -> dict[str, str]:
             "sampling.solver is not ancestral",
             ("sampling.latent_temperature",),
         ),
+        (get("evaluation.every") is None, "evaluation.every is None", OF_EVALUATION),
         (get("training.decay") == "constant", "training.decay is constant", ("training.decay_to",)),
     )
     settings = sections(**choices_of(config))

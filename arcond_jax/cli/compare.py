@@ -8,6 +8,7 @@ import numpy as np
 from arcond_jax import atomic, build
 from arcond_jax.analysis import comparison, report
 from arcond_jax.cli import paths
+from arcond_jax.parallel import processes
 from arcond_jax.run import evaluating, restoring
 
 EPILOG = """examples:
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num_seeds", type=int, default=10)
     parser.add_argument("--per_class", type=int, default=100, help="images of a class per seed")
-    parser.add_argument("--out", type=paths.file, help="default: comparison.json in the workdir")
+    parser.add_argument("--out", type=paths.place, help="default: comparison.json in the workdir")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -59,6 +60,8 @@ def main(args: argparse.Namespace) -> None:
         label=np.repeat(np.arange(config.data.num_classes), args.per_class),
         seeds=range(args.num_seeds),
     )
+    if not processes.is_first():
+        return
     header, rows = comparison.table(measured, baseline=systems[0].name)
     print(report.table_text(header, rows))
     atomic.write_text(out, json.dumps(comparison.as_json(measured), indent=2) + "\n")

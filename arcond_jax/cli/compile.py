@@ -24,6 +24,7 @@ not fit is refused in under a minute. Exit code 3: it does not fit."""
 GIB, MIB = 2**30, 2**20
 MORE_DEVICES = "Nothing is left to change: take more devices, a smaller batch or fewer parameters."
 DOES_NOT_FIT = 3  # exit code
+MOST_SIZES = 4  # of attention, in a line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +81,14 @@ def _line(report: aot.Report) -> str:
     )
 
 
+def _attention(kind: str, sizes: list[tuple[int, int]]) -> str:
+    """Sizes are queries x keys; of many the first and the last."""
+    names = [f"{queries} x {keys}" for queries, keys in sizes]
+    if len(names) > MOST_SIZES:
+        names = [names[0], "...", names[-1]]
+    return f"{kind} of {', '.join(names)}"
+
+
 def text(report: aot.Report) -> str:
     """A few lines and a table."""
     mesh = " x ".join(f"{name} {size}" for name, size in report.mesh.items())
@@ -101,6 +110,9 @@ def text(report: aot.Report) -> str:
         lines.append(f"It does not fit, by {over:.1f} GiB.")
     if report.operations is not None:
         lines.append(f"{report.operations / 1e12:.3g} TFLOP of matrix products a device and step.")
+    if report.attention:
+        kinds = (_attention(kind, sizes) for kind, sizes in report.attention.items())
+        lines.append(f"Attention, queries x keys: {'; '.join(kinds)}.")
     if report.collectives is not None:
         sums = collectives.total(report.collectives)
         lines.append(f"{sum(sums.values()) / 1e9:.3g} GB sent or received a device and step:")

@@ -18,24 +18,25 @@ STOPPED = 75  # told to stop, and saved: the same command goes on; EX_TEMPFAIL o
 PACKAGE = pathlib.Path(arcond_jax.__file__).parent
 
 
-def guarded(command: str, run: Callable[[], int | None]) -> int:
-    """Runs a command; returns its exit code, after a line on stderr if it failed."""
+def guarded(command: str, run: Callable[[], int | None]) -> tuple[int, str | None]:
+    """Runs a command; returns its exit code and, if it failed, the line that stderr got."""
     sys.unraisablehook = _unless_late
     try:
         code = run() or 0
         sys.stdout.flush()  # by Python itself it would be after this, and without a line
-        return code
+        return code, None
     except BrokenPipeError:  # as `| head` leaves behind; what ends at a signal ends with its number
         _give_up_output()
-        return 128 + signal.SIGPIPE
+        return 128 + signal.SIGPIPE, None
     except KeyboardInterrupt:
         message, code = "interrupted", INTERRUPTED
     except Exception as error:
         message, code = _explained(error), REFUSED
         if message is None:
             message, code = _unforeseen(command, error), UNFORESEEN
-    print(f"arcond {command}: {message}", file=sys.stderr)
-    return code
+    line = f"arcond {command}: {message}"
+    print(line, file=sys.stderr)
+    return code, line
 
 
 def _give_up_output() -> None:

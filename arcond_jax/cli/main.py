@@ -15,17 +15,21 @@ COMMANDS = (
     "estimate",
     "encode",
     "train",
+    "status",
     "calibrate",
     "captions",
     "sample",
     "evaluate",
+    "reference",
     "compare",
+    "sweep",
     "convert",
     "export",
     "bench",
     "compile",
 )
-TOGETHER = ("train", "calibrate", "sample")  # those that processes on several hosts run as one
+# Those that processes on several hosts run as one.
+TOGETHER = ("train", "calibrate", "sample", "evaluate", "reference", "compare", "sweep")
 
 
 def main(argv: list[str]) -> int:
@@ -50,6 +54,7 @@ def main(argv: list[str]) -> int:
     import jax
 
     from arcond_jax.cli import compilation, failing, joining
+    from arcond_jax.parallel import processes, stalling
 
     if jax.config.read("jax_enable_x64"):  # keys would draw other numbers
         logging.warning("JAX_ENABLE_X64 is not heeded: nothing here is computed in 64 bits")
@@ -57,12 +62,17 @@ def main(argv: list[str]) -> int:
     compilation.keep()
 
     def run() -> int | None:
+        minutes = None
         if args.command in TOGETHER:
             joining.join(args, argv)
-        return module_of(args.command).main(args)
+            minutes = None if args.command == "train" else args.stall_minutes  # it does so itself
+        with stalling.watched(minutes):
+            code = module_of(args.command).main(args)
+            processes.together()  # one may still write what all have drawn
+        return code
 
-    code = failing.guarded(args.command, run)
-    joining.leave(code)
+    code, line = failing.guarded(args.command, run)
+    joining.leave(code, line)
     return code
 
 
@@ -88,7 +98,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             if name in TOGETHER:
                 from arcond_jax.cli import joining
 
-                joining.add_arguments(command)
+                stall_minutes = joining.STALL if name == "train" else None
+                joining.add_arguments(command, stall_minutes=stall_minutes)
     return parser
 
 

@@ -1,5 +1,6 @@
 """Paths as people type them: `~` is their home, and `gs://bucket/run` stays a bucket."""
 
+import argparse
 import contextlib
 import pathlib
 import shutil
@@ -14,8 +15,19 @@ def folder(text: str) -> epath.Path:
     return epath.Path(text).expanduser()
 
 
+def place(text: str) -> epath.Path:
+    """A file, on this machine or in a bucket."""
+    return epath.Path(text).expanduser()
+
+
 def file(text: str) -> pathlib.Path:
-    """A file on this machine."""
+    """A file or folder on this machine.
+
+    Raises:
+      argparse.ArgumentTypeError: It lies in a bucket.
+    """
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} lies in a bucket: name one on this machine")
     return pathlib.Path(text).expanduser()
 
 
@@ -38,15 +50,17 @@ def local(path: epath.Path) -> Iterator[pathlib.Path]:
         yield copy
 
 
-def check_apart(**named: pathlib.Path | None) -> None:
+def check_apart(**named: epath.PathLike | None) -> None:
     """Raises ValueError if two arguments, by name, are the same file: one would replace the other.
 
     Devices such as /dev/null may be given often.
     """
-    seen: dict[pathlib.Path, str] = {}
-    for name, path in named.items():
+    seen: dict[epath.Path, str] = {}
+    for name, given in named.items():
+        path = None if given is None else epath.Path(given)
         if path is None or (path.exists() and not path.is_file()):
             continue
-        other = seen.setdefault(path.resolve(), name)
+        whole = path if "://" in str(path) else epath.Path(pathlib.Path(path).resolve())
+        other = seen.setdefault(whole, name)
         if other != name:
             raise ValueError(f"--{other} and --{name} are the same file, {path}: name two")

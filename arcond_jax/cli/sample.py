@@ -11,10 +11,10 @@ from arcond_jax import atomic, build
 from arcond_jax.analysis import figures, window_report
 from arcond_jax.cli import paths
 from arcond_jax.data import class_names, images
-from arcond_jax.evaluation import samples
+from arcond_jax.evaluation import png_folder, samples
 from arcond_jax.parallel import processes
 from arcond_jax.run import captions as captions_lib
-from arcond_jax.run import drawing, evaluating, refinement, restoring
+from arcond_jax.run import drawing, evaluating, refinement, restoring, sample_file
 from arcond_jax.sampling import mar
 
 EPILOG = """examples:
@@ -24,23 +24,27 @@ EPILOG = """examples:
   arcond sample --checkpoint weights/mar --class_name "golden retriever" --out dogs.npz
   arcond sample --checkpoint weights/t2i --captions captions.npz --out drawn.npz
   arcond sample --checkpoint weights/mar --num_images 50000 --out adm.npz --png_dir images
+  arcond sample --checkpoint weights/mar --num_images 50000 --labels drawn --out drawn.npz
   arcond sample --checkpoint weights/mar --inpaint dog.png --mask mask.png --out dogs.npz
   arcond sample --checkpoint runs/tensorar --num_images 100 --out s.npz --report windows.html
 
 Refinement is on if the config's transport.kind is not "none"; it needs `arcond calibrate` first.
-Without --label or --class_name the classes take turns, and so do captions (LlamaGen from
-text), which `arcond captions` encodes: a label is the number of one. --inpaint keeps the
-tokens of an image whose pixels are all black in --mask and draws the others (MAR).
+Without --label or --class_name the classes take turns, or are drawn with the seed by --labels
+drawn, and so are captions (LlamaGen from text), which `arcond captions` encodes: a label is the
+number of one. --inpaint keeps the tokens of an image whose pixels are all black in --mask and
+draws the others (MAR).
 Without --batch_size up to 1000 images are drawn at once, and fewer where that would take more
 than half of the memory that the weights leave. An image depends on the seed and its number, not
-on the batch. --report is about models with windows of codes (TensorAR): their drafts in
-pictures, how often they are changed against chance, and what they cost; windows.json has the
-numbers.
+on the batch. Batches wait on the disk, in the folder OUT.part, never in memory: stopped, even by
+kill -9, the same command goes on with them, to the same file bit for bit.
+--report is about models with windows of codes (TensorAR): their drafts in pictures, how often
+they are changed against chance, and what they cost; windows.json has the numbers.
 
 The images are the array arr_0 (uint8, NHWC) of --out, as the evaluator of ADM (guided-diffusion)
 reads them; pytorch-fid, clean-fid and torch-fidelity read the folder of --png_dir."""
 
 NUM_IMAGES = 100
+COLUMNS, ROWS = 10, 20  # of a sheet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,12 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one_class = parser.add_mutually_exclusive_group()
     one_class.add_argument("--label", type=int, help="one class for all images")
     one_class.add_argument("--class_name", "--class-name", help="the same by its name")
-    parser.add_argument("--captions", type=paths.file, help=".npz of encoded captions")
+    one_class.add_argument(
+        "--labels",
+        choices=("balanced", "drawn"),
+        default="balanced",
+        help="classes in turn, or each drawn with the seed; default: balanced",
+    )
+    parser.add_argument("--captions", type=paths.place, help=".npz of encoded captions")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, type=paths.file, help=".npz to write")
+    parser.add_argument("--out", required=True, type=paths.place, help=".npz to write")
     parser.add_argument("--inpaint", type=paths.file, help="image to keep a part of")
     parser.add_argument("--mask", type=paths.file, help="its mask: white is drawn anew")
-    parser.add_argument("--png", type=paths.file, help="also write a sheet of the images")
+    parser.add_argument(
+        "--png", type=paths.place, help=f"also write a sheet of the first {COLUMNS * ROWS}"
+    )
     parser.add_argument(
         "--png_dir", type=paths.file, help="new folder: also write each image, 000000.png and so on"
     )
@@ -80,6 +92,8 @@ def main(args: argparse.Namespace) -> None:
     for path in (args.out, args.png):
         if path is not None:
             atomic.check(path)
+    if args.out.exists() and not args.out.is_file():
+        raise build.ConfigError(f"--out {args.out} is no regular file: name one")
     if args.png_dir is not None and args.png_dir.exists() and not _is_empty(args.png_dir):
         raise build.ConfigError(f"--png_dir {args.png_dir} is there already: give a new folder")
     if (args.inpaint is None) != (args.mask is None):
@@ -97,40 +111,66 @@ def main(args: argparse.Namespace) -> None:
 
     trained = restoring.restore(args.checkpoint, config=config)
     config = trained.config
-    settings = evaluating.provenance(trained, config, seed=args.seed)
+    made = evaluating.provenance(trained, config, seed=args.seed)
+    one_class = args.label is not None or args.class_name is not None
+    more = {"labels": "one class" if one_class else args.labels}
     if captions is not None:
-        sampling = {**settings.sampling, "captions": args.captions.name}
-        settings = dataclasses.replace(settings, sampling=sampling)
-    refiner = refinement.load_refiner(trained, args.checkpoint, config)
+        more["captions"] = args.captions.name
+    made = dataclasses.replace(made, sampling={**made.sampling, **more})
     known = _known(args, trained)
-    num_known = 0 if known is None else int(known.given.sum())
-    prompt = captions_lib.prompt_of(label, captions)
-    batch_size = args.batch_size and min(args.batch_size, len(label))
-    if args.report is not None:
-        image_uint8 = window_report.draw(
-            args.report, trained, refiner, prompt, label, seed=args.seed, batch_size=batch_size
-        )
-    else:
-        image_uint8 = drawing.Drawer(trained, num_known=num_known).images(
-            refiner, prompt, seed=args.seed, batch_size=batch_size, known=known
-        )
-    if not processes.is_first():
-        return
-    samples.write_samples(
-        args.out,
-        image_uint8,
-        label.astype(np.int32),
+    wanted = sample_file.Wanted(
+        refiner=refinement.load_refiner(trained, args.checkpoint, config),
+        prompt=captions_lib.prompt_of(label, captions),
+        label=label,
         num_classes=count,
-        label_names=names,
-        **dataclasses.asdict(settings),
+        metadata={"label_names": names, **dataclasses.asdict(made)},
+        seed=args.seed,
+        batch_size=args.batch_size and min(args.batch_size, len(label)),
+        known=known,
     )
+    if args.report is not None:
+        shown = _reported(args, trained, wanted)
+    else:
+        num_known = 0 if known is None else int(known.given.sum())
+        shown = sample_file.draw(
+            args.out,
+            drawing.Drawer(trained, num_known=num_known),
+            wanted,
+            png_dir=args.png_dir,
+            num_shown=COLUMNS * ROWS,
+        )
+    if shown is None:
+        return
     if args.png is not None:
-        columns = min(10, len(label))
-        sheet = figures.image_grid(image_uint8, rows=-(-len(label) // columns), columns=columns)
+        columns = min(COLUMNS, len(shown))
+        sheet = figures.image_grid(shown, rows=-(-len(shown) // columns), columns=columns)
         figures.write_png(args.png, sheet)
-    if args.png_dir is not None:
-        figures.write_png_folder(args.png_dir, image_uint8)
     print(f"{len(label)} images: {args.out}")
+
+
+def _reported(
+    args: argparse.Namespace, trained: restoring.Trained, wanted: sample_file.Wanted
+) -> np.ndarray | None:
+    """Draws and writes images with the report of their windows, all of which is held at once."""
+    image_uint8 = window_report.draw(
+        args.report,
+        trained,
+        wanted.refiner,
+        wanted.prompt,
+        wanted.label,
+        seed=args.seed,
+        batch_size=wanted.batch_size,
+    )
+    if not processes.is_first():
+        return None
+    samples.write_samples(
+        args.out, image_uint8, wanted.label, num_classes=wanted.num_classes, **wanted.metadata
+    )
+    if args.png_dir is not None:
+        pngs = png_folder.PngFolder(args.png_dir, str(args.out))
+        pngs.add(0, image_uint8)
+        pngs.finish()
+    return image_uint8[: COLUMNS * ROWS]
 
 
 def _is_empty(folder: pathlib.Path) -> bool:
@@ -173,4 +213,6 @@ def _labels(args: argparse.Namespace, count: int, names: Sequence[str] | None) -
                 f"{args.checkpoint} does not say what its classes are called: use --label"
             )
         chosen = class_names.label_of(args.class_name, names)
-    return np.arange(num_images) % count if chosen is None else np.full(num_images, chosen)
+    if chosen is not None:
+        return np.full(num_images, chosen, np.int32)
+    return evaluating.labels(num_images, count, args.labels, seed=args.seed)

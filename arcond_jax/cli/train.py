@@ -10,6 +10,7 @@ from arcond_jax import build
 from arcond_jax.analysis import figures
 from arcond_jax.cli import failing, paths
 from arcond_jax.run import initial, training
+from arcond_jax.training import profiling
 
 EPILOG = """examples:
   arcond train --config configs/digits.py:joint --workdir runs/digits
@@ -22,7 +23,7 @@ Run the same command again to resume. Ctrl-C, SIGTERM and SIGHUP save and exit 7
 (the & of a shell script shields a run from Ctrl-C), where 0 means complete; Ctrl-C after that ends
 it at once as long as there is no new step to save. Learning rate and clipping may change on the
 way; --restart_from goes back to an earlier checkpoint. Several hosts run one process each, started
-alike in a working directory that all of them see: docs/pods.md."""
+alike in a working directory that all of them see: docs/hosts.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart_from", type=int, metavar="STEP", help="go back to this checkpoint"
     )
+    parser.add_argument(
+        "--profile", type=_span, metavar="START:STOP", help="trace these steps to WORKDIR/profile"
+    )
+    parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+
+
+def _span(text: str) -> profiling.Span:
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no START:STOP with START below STOP")
+    return profiling.Span(int(start), int(stop))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -59,7 +71,13 @@ def main(args: argparse.Namespace) -> int:
         raise build.ConfigError("--init_classes goes with --init: give the weights to start from")
     start_from = None if args.init is None else initial.Initial(args.init, args.init_classes)
     complete = training.train(
-        config, workdir, show=show, start_from=start_from, restart_from=args.restart_from
+        config,
+        workdir,
+        show=show,
+        start_from=start_from,
+        restart_from=args.restart_from,
+        watch=training.Watch(args.wandb, args.profile),
+        stall_minutes=args.stall_minutes,
     )
     print(f"{'complete' if complete else 'stopped and saved'}: {workdir}")
     return 0 if complete else failing.STOPPED

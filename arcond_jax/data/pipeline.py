@@ -87,24 +87,21 @@ def train_iterator(
     *,
     global_batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     num_threads: int | None = None,
     prefetch_bytes: int = PREFETCH_BYTES,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of this process, with a position that can be saved.
 
     Every epoch is a new permutation of the whole source, with views drawn anew, and epochs follow
-    each other without a gap: a batch may hold the end of one and the start of the next. Process p
-    gets rows [p, p + 1) * global_batch_size / process_count of each global batch and loads only
-    those, one batch after another, the items of a batch by several threads.
+    each other without a gap: a batch may hold the end of one and the start of the next. One batch
+    is loaded after another, the items of a batch by several threads.
 
     Args:
       source: The images, or views of them; read from several threads at once.
       global_batch_size: Images of a step over all processes; at most one epoch.
       seed: Of the order and of the views.
-      process_index: Which rows this process gets; `jax.process_index()`.
-      process_count: `jax.process_count()`; divides the batch size.
+      rows: Of each global batch, those that this process gets, and loads alone; None for all.
       num_threads: As of `pool`; with 0 nothing is loaded ahead.
       prefetch_bytes: Of images loaded ahead, in at most `PREFETCH_BATCHES`; one batch always is.
 
@@ -116,31 +113,25 @@ def train_iterator(
       ValueError: For batch sizes that do not fit; and from `next`, for an item that cannot be
         read, with its index.
     """
-    if global_batch_size % process_count:
-        raise ValueError(
-            f"global_batch_size {global_batch_size} is not divisible by {process_count} processes:"
-            f" use a multiple of {process_count}."
-        )
     if not 0 < global_batch_size <= len(source):
         raise ValueError(
             f"global_batch_size {global_batch_size} does not fit a dataset of {len(source)}"
             f" images: use 1 to {len(source)}."
         )
-    local_batch_size = global_batch_size // process_count
-    rows = slice(process_index * local_batch_size, (process_index + 1) * local_batch_size)
+    rows = np.arange(global_batch_size) if rows is None else rows
     source, readers = _with_views(source), pool(num_threads)
 
     def loaded(number: int) -> NumpyBatch:
         # Positions are those of the global batch: with an order of their own, processes would have
         # other batches whenever their count changes.
-        positions = number * global_batch_size + np.arange(global_batch_size)[rows]
+        positions = number * global_batch_size + rows
         indices, epochs = shuffled(positions, len(source), seed=seed), positions // len(source)
         views = drawn_views(indices, epochs, seed=seed, num_views=source.num_views)
         return load(source, indices, readers, views)
 
     batches = grain.MapDataset.range(sys.maxsize).map(loaded)
     item_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in source.arrays.values())
-    batch_bytes = local_batch_size * item_bytes
+    batch_bytes = len(rows) * item_bytes
     ahead = min(max(1, prefetch_bytes // batch_bytes), PREFETCH_BATCHES) if readers else 0
     options = grain.ReadOptions(num_threads=1 if readers else 0, prefetch_buffer_size=ahead)
     return iter(batches.to_iter_dataset(options))
@@ -218,6 +209,7 @@ def full_batches(
     batch_size: int,
     *,
     at_most: int | None = None,
+    rows: np.ndarray | None = None,
     num_threads: int | None = 0,
 ) -> Iterator[NumpyBatch]:
     """One pass over a split in its own order, in batches of one shape; the first view of each.
@@ -225,7 +217,10 @@ def full_batches(
     With `at_most` it takes so many items, spread evenly over the split, which may be sorted.
 
     The last batch is filled up with copies of the last image; the extra entry "valid" (bool) is
-    True for the rows that count. Every process reads everything.
+    True for the rows that count.
+
+    Args:
+      rows: Of each batch, those that this process gets, and reads alone; None for all.
 
     Raises:
       ValueError: For an item that cannot be read, with its index.
@@ -234,7 +229,7 @@ def full_batches(
     chosen = np.arange(count) * len(source) // count
     readers = pool(num_threads)
     for start in range(0, count, batch_size):
-        places = np.arange(start, start + batch_size)
+        places = start + (np.arange(batch_size) if rows is None else rows)
         batch = load(source, chosen[np.minimum(places, count - 1)], readers)
         yield batch | {"valid": places < count}
 

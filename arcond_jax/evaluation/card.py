@@ -11,17 +11,17 @@ Images are read in batches and never held whole. Pixels are compared on images a
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from arcond_jax.evaluation import features as features_lib
-from arcond_jax.evaluation import frechet, precision_recall, scores
+from arcond_jax.evaluation import frechet, moments, precision_recall, scores
 
 SUBSET_SEED = 0  # the same rows for every sampler, so that comparisons stay paired
-NUM_NEIGHBOURS = 3  # Kynkaanniemi et al. (2019)
+NUM_NEIGHBOURS = precision_recall.NUM_NEIGHBOURS
 MAX_PIXELS = 1024  # 32x32 in grey; a second of linear algebra, where 32x32x3 takes half a minute
 
 Setting = float | int | str | bool | None
@@ -38,7 +38,7 @@ MEASUREMENTS = {
     "precision": ("precision", "share of samples inside the reference manifold"),
     "recall": ("recall", "share of reference images inside the samples' manifold"),
     "class_accuracy": ("class accuracy", "share of samples read as their label"),
-    "inception_score": ("inception score", "of these logits, one split"),
+    "inception_score": ("inception score", "of these logits, 5,000 images a split"),
     "nearest_neighbour_ratio": (
         "nearest neighbour",
         "times the distance of real held-out images; < 1 copies",
@@ -130,15 +130,21 @@ class EvaluationCard:
                 if name in self.measurements
             },
         }
-        width = max(len(name) for section in sections.values() for name in section)
-        lines = []
-        for title, section in sections.items():
-            lines += [title, *(f"  {name:<{width}}  {text}" for name, text in section.items()), ""]
-        lines += [
+        closing = (
             "This Frechet distance is NOT Inception FID: its features are those named above.",
             "Compare it only with cards of the same features, reference and number of samples.",
-        ]
-        return "\n".join(lines)
+        )
+        return sections_text(sections, closing)
+
+
+def sections_text(sections: Mapping[str, Mapping[str, str]], closing: Sequence[str] = ()) -> str:
+    """Named texts below titles, aligned, and lines to close with."""
+    width = max(len(name) for section in sections.values() for name in section)
+    lines = []
+    for title, section in sections.items():
+        if section:
+            lines += [title, *(f"  {name:<{width}}  {text}" for name, text in section.items()), ""]
+    return "\n".join([*lines, *closing])
 
 
 def _listed(settings: Mapping[str, Setting]) -> str:
@@ -153,9 +159,9 @@ class Reference:
     extractor: features_lib.Features
     extractor_accuracy: float
     features: Float32[np.ndarray, "n features"]
-    feature_statistics: frechet.Statistics
-    feature_statistics_train: frechet.Statistics
-    pixel_statistics: frechet.Statistics | None
+    feature_statistics: moments.Statistics
+    feature_statistics_train: moments.Statistics
+    pixel_statistics: moments.Statistics | None
     image_shape: tuple[int, ...]
     image_small_train: Float[np.ndarray, "m height width channels"]
     nearest_train_distance: float
@@ -194,8 +200,8 @@ def reference(
         extractor=extractor,
         extractor_accuracy=scores.class_accuracy(real.logits, label),
         features=real.features,
-        feature_statistics=frechet.statistics(real.features),
-        feature_statistics_train=frechet.statistics(train.features),
+        feature_statistics=moments.statistics(real.features),
+        feature_statistics_train=moments.statistics(train.features),
         pixel_statistics=_pixel_statistics(real),
         image_shape=real.image_shape,
         image_small_train=train.image_small,
@@ -230,7 +236,7 @@ def evaluate(
     _check_labels(image, label, reference.extractor.num_classes, what="samples")
     check_shape(image[:1].shape[1:], reference.image_shape)
     drawn = features_lib.read(reference.extractor, image, what="samples")
-    statistics = frechet.statistics(drawn.features)
+    statistics = moments.statistics(drawn.features)
     num_rows = min(len(drawn.features), len(reference.features))
     precision, recall = precision_recall.precision_recall(
         _subset(drawn.features, num_rows),
@@ -310,11 +316,11 @@ def _check_labels(
         )
 
 
-def _pixel_statistics(reading: features_lib.Reading) -> frechet.Statistics | None:
+def _pixel_statistics(reading: features_lib.Reading) -> moments.Statistics | None:
     """Of raw pixels, or None where they are too many for a covariance."""
     if math.prod(reading.image_shape) > MAX_PIXELS:
         return None
-    return frechet.statistics(reading.image_small.reshape(len(reading.image_small), -1))
+    return moments.statistics(reading.image_small.reshape(len(reading.image_small), -1))
 
 
 def _subset(features: Float[np.ndarray, "n d"], num_rows: int) -> Float[np.ndarray, "rows d"]:

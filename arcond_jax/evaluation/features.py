@@ -49,6 +49,14 @@ class Features(Protocol):
         ...
 
 
+def batch_size(extractor: Features) -> int:
+    """Images that a device reads at a time: what the network says, else `BATCH_SIZE`.
+
+    The same number on every device, one or many, gives an image the same features to the last bit.
+    """
+    return min(getattr(extractor, "batch_size", BATCH_SIZE), BATCH_SIZE)
+
+
 @runtime_checkable
 class Images(Protocol):
     """Images in [-1, 1]: an array [n, height, width, channels], or what loads as it is sliced."""

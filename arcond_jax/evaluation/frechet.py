@@ -3,49 +3,25 @@
 With Inception features this is the FID; with any other features it is another number. float64.
 """
 
-import dataclasses
-
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
+
+from arcond_jax.evaluation import moments
+
+# Eigenvalues of the product down to this share of the largest lose no more than 1e-9 of the trace.
+WELL_APART = 1e-13
 
 
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """Mean and unbiased covariance of `count` feature rows."""
-
-    mean: Float64[np.ndarray, " d"]
-    covariance: Float64[np.ndarray, "d d"]
-    count: int
-
-
-def statistics(features: Float[np.ndarray, "n d"]) -> Statistics:
-    """Fits a Gaussian to the rows; sums in float64 whatever the input's precision.
-
-    Raises:
-      ValueError: Fewer than two rows, or a feature that is not finite.
-    """
-    if len(features) < 2:
-        raise ValueError(f"A covariance needs at least 2 feature rows, got {len(features)}.")
-    rows_finite = np.isfinite(features).all(axis=1)
-    if not rows_finite.all():
-        raise ValueError(
-            f"{np.sum(~rows_finite)} of {len(features)} feature rows are not finite, the first is "
-            f"row {np.argmin(rows_finite)}: look at the images it came from."
-        )
-    features = features.astype(np.float64)
-    mean = features.mean(axis=0)
-    centred = features - mean
-    return Statistics(
-        mean=mean, covariance=centred.T @ centred / (len(features) - 1), count=len(features)
-    )
-
-
-def frechet_distance(a: Statistics, b: Statistics) -> float:
+def frechet_distance(a: moments.Statistics, b: moments.Statistics) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), the squared 2-Wasserstein distance.
 
     The last trace is the sum of the square roots of the eigenvalues of A^1/2 B A^1/2, that is, of
-    the singular values of A^1/2 B^1/2. The latter are taken: where a covariance is singular, the
-    square root of an eigenvalue that should be zero would turn a rounding error of 1e-16 into 1e-8.
+    the singular values of A^1/2 B^1/2. The latter are taken where a covariance is singular or
+    nearly so: there the square root of an eigenvalue that should be zero would turn a rounding
+    error of 1e-16 into 1e-8. Elsewhere the former are a fifth of the time.
+
+    ADM's evaluator has the same number as the real part of the trace of `scipy.linalg.sqrtm(A B)`,
+    and adds 1e-6 to both diagonals where that is not finite, which cannot happen here.
 
     Returns:
       A distance in squared feature units, at least 0. It is biased upwards when counts are small,
@@ -54,22 +30,30 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     Raises:
       ValueError: The two sets have features of different sizes.
 
-    Source: Dowson and Landau (1982); Heusel et al. (2017), section 2, for images.
+    Source: Dowson and Landau (1982); Heusel et al. (2017), section 2, for images; guided-diffusion,
+    evaluations/evaluator.py, `FIDStatistics.frechet_distance`.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             f"Features of size {a.mean.size} cannot be compared with features of size "
             f"{b.mean.size}: use one feature extractor for both."
         )
-    roots_product = _square_root(a.covariance) @ _square_root(b.covariance)
-    cross = np.linalg.svd(roots_product, compute_uv=False).sum()
     distance = (
         np.sum((a.mean - b.mean) ** 2)
         + np.trace(a.covariance)
         + np.trace(b.covariance)
-        - 2.0 * cross
+        - 2.0 * _trace_of_root(a.covariance, b.covariance)
     )
     return max(float(distance), 0.0)
+
+
+def _trace_of_root(a: Float64[np.ndarray, "d d"], b: Float64[np.ndarray, "d d"]) -> float:
+    """Trace of (A B)^1/2."""
+    root = _square_root(a)
+    eigenvalues = np.linalg.eigvalsh(root @ b @ root)
+    if eigenvalues[0] > WELL_APART * eigenvalues[-1]:
+        return float(np.sqrt(eigenvalues).sum())
+    return float(np.linalg.svd(root @ _square_root(b), compute_uv=False).sum())
 
 
 def _square_root(covariance: Float64[np.ndarray, "d d"]) -> Float64[np.ndarray, "d d"]:

@@ -72,6 +72,11 @@ class Inception:
         """Classes of the logits; which of ImageNet's they are is not published."""
         return network_lib.NUM_CLASSES
 
+    @property
+    def batch_size(self) -> int:
+        """Images that suit a device at a time; see `features.batch_size`."""
+        return CPU_ROWS if jax.default_backend() == "cpu" else features.BATCH_SIZE
+
     def __call__(
         self, image: Shaped[np.ndarray | Array, "b height width channels"]
     ) -> features.Outputs:
@@ -185,7 +190,8 @@ def outputs(
 
 def _rows(prepared: Array) -> int | None:
     """`CPU_ROWS` on one CPU, where a call gets its memory anew and pages are slow to come."""
-    if isinstance(prepared, jax.core.Tracer) or len(prepared.devices()) > 1:
+    is_traced = isinstance(prepared, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+    if is_traced or len(prepared.devices()) > 1:
         return None
     return CPU_ROWS if next(iter(prepared.devices())).platform == "cpu" else None
 

@@ -1,13 +1,21 @@
-"""Files of named arrays that are either whole or absent, and that fail with one line."""
+"""Files of named arrays that are either whole or absent, and that fail with one line.
 
+Arrays larger than memory are written in pieces, and mapped where they are read.
+"""
+
+import dataclasses
+import io
 import math
 import os
+import struct
+import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
-from typing import IO
+from collections.abc import Iterable, Mapping
+from typing import IO, Any
 
 import numpy as np
+from etils import epath
 
 from arcond_jax import atomic
 
@@ -18,12 +26,62 @@ HEADERS = {
 MAX_HEADER = 512  # bytes of dtype and shape: those of plain arrays take less than 128
 # Real arrays shrink tenfold at best; what grows more than this, and to more than this, is no array.
 MAX_INFLATION, INFLATED = 100, 2**28
+HELD = 2**26  # bytes of an array that is read into memory; a larger one stays on the disk
+PIECE = 2**22  # bytes that are looked at, at a time
 
 
-def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an npz file, whole or not at all, under the very name `path`."""
-    with atomic.file(path) as file:
-        np.savez(file, allow_pickle=False, **arrays)
+@dataclasses.dataclass(frozen=True)
+class InPieces:
+    """An array to be written that is never whole in memory.
+
+    Attributes:
+      shape: Of the array.
+      dtype: Of the array.
+      pieces: Its rows, some at a time, in order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Iterable[np.ndarray]
+
+
+def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray | InPieces]) -> None:
+    """Writes an npz file, whole or not at all, under the very name `path`.
+
+    It is what `numpy.savez` writes, the same bytes for the same arrays whenever it is written.
+
+    Raises:
+      OSError: In one line that names the file.
+      ValueError: Pieces that do not make up their array.
+    """
+    with (
+        atomic.file(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        for name, array in arrays.items():
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            with archive.open(member, "w", force_zip64=True) as opened:
+                if isinstance(array, InPieces):
+                    _write_pieces(opened, array, name)
+                else:
+                    np.lib.format.write_array(opened, np.asanyarray(array), allow_pickle=False)
+
+
+def _write_pieces(file: Any, array: InPieces, name: str) -> None:
+    descr = np.lib.format.dtype_to_descr(array.dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": array.shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    count = 0
+    for piece in array.pieces:
+        if piece.dtype != array.dtype or piece.shape[1:] != array.shape[1:]:
+            raise ValueError(
+                f"a piece of {name} is {piece.dtype} {list(piece.shape)}, the array {array.dtype} "
+                f"{list(array.shape)}"
+            )
+        file.write(np.ascontiguousarray(piece).data)
+        count += len(piece)
+    if count != array.shape[0]:
+        raise ValueError(f"the pieces of {name} have {count} rows, the array {array.shape[0]}")
 
 
 def read(
@@ -32,7 +90,8 @@ def read(
     """Reads the named arrays and nothing else of the file; they cannot be written to.
 
     Nothing is unpickled, and no memory is taken for an array before its size is known to be in the
-    file.
+    file. Of one larger than `HELD` only the checksum is looked at: it is mapped from the file, or,
+    if it is compressed, from a temporary one (TMPDIR) that nobody else sees.
 
     Args:
       path: File to read.
@@ -46,9 +105,10 @@ def read(
       ValueError: Not an npz file, a damaged one, one without a wanted array, or with an array that
         is encrypted, holds objects, or is not what its header says; always in one line.
     """
-    if not os.path.exists(path):
+    path = epath.Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such {what}.")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         # The directory of a zip file stands at its end, so a truncated file is not one either.
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path} is not a whole {what}: truncated, or of another kind.")
@@ -73,6 +133,72 @@ def read(
         return arrays
 
 
+class Rows:
+    """An array of an npz file of which a few rows are read at a time, best in their order.
+
+    Attributes:
+      name: Of the array.
+      shape: Of the whole of it.
+    """
+
+    def __init__(self, path: str | os.PathLike, *names: str, what: str) -> None:
+        """Opens the first of `names` that is there.
+
+        Raises:
+          FileNotFoundError: Nothing is there.
+          ValueError: As of `read`, or the array has no rows that lie one after another.
+        """
+        self._path, self._what = path, what
+        held = names_in(path, what=what)
+        found = [name for name in names if name in held]
+        if not found:
+            raise ValueError(f"{path} is not a {what}: it lacks {' or '.join(names)}.")
+        self.name = found[0]
+        self._archive = zipfile.ZipFile(path)
+        try:
+            info = self._archive.getinfo(f"{self.name}.npy")
+            self._file = self._archive.open(info)
+            self.shape, fortran_order, self.dtype = _header(self._file, info)
+            if fortran_order or not self.shape:
+                raise ValueError("its rows do not lie one after another")
+        except Exception as error:
+            raise self._damaged(error) from None
+        self._start = self._file.tell()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self))
+        count, row = max(stop - start, 0), math.prod(self.shape[1:]) * self.dtype.itemsize
+        try:
+            self._file.seek(self._start + start * row)
+            data = self._file.read(count * row)
+            array = np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
+        except Exception as error:
+            raise self._damaged(error) from None
+        return array.astype(self.dtype.newbyteorder("="), copy=False)
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self._path} is not a whole {self._what}: {_line(error)} ({self.name})."
+        )
+
+
+def names_in(path: str | os.PathLike, *, what: str) -> frozenset[str]:
+    """Names of the arrays of an npz file; errors as of `read`."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such {what}.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a whole {what}: truncated, or of another kind.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception as error:  # zipfile raises what it likes for damaged files
+        raise ValueError(f"{path} is not a whole {what}: {_line(error)}.") from None
+    return frozenset(name.removesuffix(".npy") for name in names if name.endswith(".npy"))
+
+
 def whole_number(array: np.ndarray, *, where: str, at_least: int = 0) -> int:
     """The integer that an array of no axes holds.
 
@@ -90,26 +216,70 @@ def whole_number(array: np.ndarray, *, where: str, at_least: int = 0) -> int:
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """One array; raises whatever zipfile, zlib and numpy raise, and ValueError for a wrong size."""
     info = archive.getinfo(name)
-    if info.compress_size > os.fstat(_opened(archive).fileno()).st_size:
+    assert archive.fp is not None  # it was not closed
+    if info.compress_size > archive.fp.seek(0, os.SEEK_END):
         raise ValueError("its size is larger than the file")
     if info.file_size > max(INFLATED, MAX_INFLATION * info.compress_size):
         raise ValueError(f"{info.compress_size} bytes would inflate to {info.file_size}")
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in HEADERS:
-            raise ValueError(f"format {version[0]}.{version[1]} is not read")
-        with warnings.catch_warnings(action="ignore"):  # of odd literals in a header
-            shape, fortran_order, dtype = HEADERS[version](file, max_header_size=MAX_HEADER)
-        if dtype.hasobject:
-            raise ValueError("Object arrays are pickled, which is not read")
+        shape, fortran_order, dtype = _header(file, info)
         size = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or size != info.file_size - file.tell():
-            raise ValueError(f"its header says {dtype} {list(shape)}, which it does not hold")
+        order = "F" if fortran_order else "C"
+        if size > HELD:
+            place, offset = _on_disk(archive, info, file, size)
+            array = np.memmap(place, dtype, "r", offset=offset, shape=shape, order=order)
+            return array.astype(dtype.newbyteorder("="), copy=False)
         data = file.read(size + 1)  # one more, so that the checksum is looked at
     if len(data) != size:
         raise ValueError(f"{len(data)} bytes instead of {size}")
-    array = np.ndarray(shape, dtype, buffer=data, order="F" if fortran_order else "C")
+    array = np.ndarray(shape, dtype, buffer=data, order=order)
     return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _on_disk(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, member: Any, size: int
+) -> tuple[IO[bytes], int]:
+    """A file that holds the rest of a member as it is, and from where on; its checksum is right."""
+    start = member.tell()
+    # What is compressed, or in a bucket, cannot be mapped where it lies.
+    stored = info.compress_type == zipfile.ZIP_STORED and isinstance(archive.fp, io.BufferedReader)
+    place = _opened(archive) if stored else tempfile.TemporaryFile()  # noqa: SIM115  # is mapped
+    count = 0
+    while data := member.read(PIECE):
+        count += len(data)
+        if not stored:
+            place.write(data)
+    if count != size:
+        raise ValueError(f"{count} bytes instead of {size}")
+    place.flush()
+    return place, _start_of(archive, info) + start if stored else 0
+
+
+def _start_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    """Where in its file the data of a member begins, behind a header, a name and what else is said.
+
+    Source: PKWARE, APPNOTE.TXT, 4.3.7.
+    """
+    file = _opened(archive)
+    file.seek(info.header_offset + 26)
+    return info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+
+
+def _header(
+    file: zipfile.ZipExtFile | IO[bytes], info: zipfile.ZipInfo
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type that an array says it has, and has; the file is then at its numbers."""
+    version = np.lib.format.read_magic(file)
+    if version not in HEADERS:
+        raise ValueError(f"format {version[0]}.{version[1]} is not read")
+    with warnings.catch_warnings(action="ignore"):  # of odd literals in a header
+        shape, fortran_order, dtype = HEADERS[version](file, max_header_size=MAX_HEADER)
+    if dtype.hasobject:
+        raise ValueError("Object arrays are pickled, which is not read")
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size != info.file_size - file.tell():
+        raise ValueError(f"its header says {dtype} {list(shape)}, which it does not hold")
+    return shape, fortran_order, dtype
 
 
 def _opened(archive: zipfile.ZipFile) -> IO[bytes]:

@@ -32,7 +32,7 @@ class Samples:
 
 def write_samples(
     path: str | os.PathLike,
-    image_uint8: np.ndarray,
+    image_uint8: np.ndarray | npz.InPieces,
     label: np.ndarray,
     *,
     num_classes: int,
@@ -42,7 +42,8 @@ def write_samples(
 
     Args:
       path: File to write; its folder must exist.
-      image_uint8: Images [n, height, width, channels], 0 to 255.
+      image_uint8: Images [n, height, width, channels], 0 to 255; in pieces, if they are not to be
+        in memory at once.
       label: Class id of each image [n], in [0, num_classes).
       num_classes: Number of classes.
       **metadata: Anything JSON can hold: seed, temperatures, checkpoint step.
@@ -67,7 +68,7 @@ def write_samples(
 
 
 def read_samples(path: str | os.PathLike) -> Samples:
-    """Reads what `write_samples` wrote.
+    """Reads what `write_samples` wrote; images that take much memory are mapped from the file.
 
     Raises:
       FileNotFoundError: Nothing is there.
@@ -86,6 +87,22 @@ def read_samples(path: str | os.PathLike) -> Samples:
     )
 
 
+def read_about(path: str | os.PathLike) -> tuple[dict[str, Any], int] | None:
+    """What a samples file says of how it was made, and its number of classes; no image is read.
+
+    None for a file of another program, which says neither.
+
+    Raises:
+      FileNotFoundError, ValueError: As of `read_samples`.
+    """
+    what = "samples file"
+    if not {"num_classes", "metadata"} <= npz.names_in(path, what=what):
+        return None
+    arrays = npz.read(path, "num_classes", "metadata", what=what)
+    num_classes = npz.whole_number(arrays["num_classes"], where=f"{path}: num_classes", at_least=1)
+    return _metadata(arrays["metadata"], where=str(path)), num_classes
+
+
 def _metadata(array: np.ndarray, *, where: str) -> dict[str, Any]:
     metadata = None
     if array.ndim == 0 and array.dtype.kind == "U":
@@ -96,8 +113,10 @@ def _metadata(array: np.ndarray, *, where: str) -> dict[str, Any]:
     return metadata
 
 
-def _check(image_uint8: np.ndarray, label: np.ndarray, num_classes: int, *, where: str) -> None:
-    if image_uint8.dtype != np.uint8 or image_uint8.ndim != 4:
+def _check(
+    image_uint8: np.ndarray | npz.InPieces, label: np.ndarray, num_classes: int, *, where: str
+) -> None:
+    if image_uint8.dtype != np.uint8 or len(image_uint8.shape) != 4:
         raise ValueError(
             f"{where}: images must be uint8 [n, height, width, channels], "
             f"got {image_uint8.dtype} {list(image_uint8.shape)}."
@@ -106,7 +125,7 @@ def _check(image_uint8: np.ndarray, label: np.ndarray, num_classes: int, *, wher
         raise ValueError(f"{where}: images {list(image_uint8.shape)} hold nothing.")
     if not np.issubdtype(label.dtype, np.integer) or label.shape != image_uint8.shape[:1]:
         raise ValueError(
-            f"{where}: {len(image_uint8)} images need as many integer labels, "
+            f"{where}: {image_uint8.shape[0]} images need as many integer labels, "
             f"got {label.dtype} {list(label.shape)}."
         )
     outside = (label < 0) | (label >= num_classes)

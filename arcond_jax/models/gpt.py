@@ -68,14 +68,11 @@ class Block(nn.Module):
             keys = norm.RMSNorm(axis_name=None, name="key_norm")(keys)
         queries, keys = rope.rotate(queries, table), rope.rotate(keys, table)
 
+        attend_drop = None
+        if self.attention_dropout and not deterministic:
+            attend_drop = nn.Dropout(self.attention_dropout, deterministic=False)
         y, cache = causal.attend(
-            queries,
-            keys,
-            values,
-            cache,
-            layer,
-            visible=visible,
-            dropout=nn.Dropout(self.attention_dropout, deterministic=deterministic),
+            queries, keys, values, cache, layer, visible=visible, dropout=attend_drop
         )
         y = y.reshape(b, l, d)
         x = x + drop(linear.Linear((d,), ("heads", "embed"), dtype=self.dtype, name="out")(y))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import no_type_check
 
@@ -9,6 +10,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from arcond_jax import placement
+from arcond_jax.nn import kernels
+
+SCOPE = re.compile(rf"attention_({'|'.join(kernels.KINDS)})_(\d+)x(\d+)")
 
 
 @no_type_check  # jax rebuilds pytrees around shapes, axes and None
@@ -102,16 +108,47 @@ def attend(
     values: Float[Array, "b m kv_heads k"],
     mask: Bool[Array, "l m"] | Bool[Array, "b l m"] | None = None,
     *,
+    is_causal: bool = False,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b l h k"]:
     """Scaled dot-product attention; softmax in float32; grouped heads share a key in blocks.
 
+    By a kernel where `kernels.choose` has one, with the same numbers but for rounding. The name of
+    the scope says which and of how many queries and keys: `SCOPE`.
+
     Args:
       mask: True where a query may look; None lets every query see every key.
+      is_causal: Whether a query sees the keys up to its own number, in the place of a mask.
       dropout: Applied to the weights, if given.
 
     Source: Vaswani et al. (2017), eq. 1; Ainslie et al. (2023) for grouped queries.
     """
+    l, m = queries.shape[1], keys.shape[1]
+    kind = kernels.choose(
+        placement.platform(),
+        queries.dtype,
+        num_queries=l,
+        num_keys=m,
+        head_dim=queries.shape[3],
+        is_plain=mask is None and dropout is None,
+    )
+    with jax.named_scope(f"attention_{kind}_{l}x{m}"):
+        if kind == kernels.SPLASH:
+            return kernels.splash(queries, keys, values, is_causal=is_causal)
+        if kind == kernels.CUDNN:
+            return kernels.cudnn(queries, keys, values, is_causal=is_causal)
+        if is_causal:
+            mask = jnp.arange(m) <= jnp.arange(l)[:, None]
+        return _einsum(queries, keys, values, mask, dropout)
+
+
+def _einsum(
+    queries: Float[Array, "b l h k"],
+    keys: Float[Array, "b m kv_heads k"],
+    values: Float[Array, "b m kv_heads k"],
+    mask: Bool[Array, "l m"] | Bool[Array, "b l m"] | None,
+    dropout: Callable[[Array], Array] | None,
+) -> Float[Array, "b l h k"]:
     b, l, h, k = queries.shape
     kv_heads = keys.shape[2]
     queries = queries.reshape(b, l, kv_heads, h // kv_heads, k)

@@ -11,6 +11,8 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
+from arcond_jax import placement
+
 STACKED = "blocks"  # below this name parameters have a leading axis of layers; `stack.scanned`
 TURNED = "turned_kernel"
 ROUNDED = ("kernel", "table")  # what `linear` computes with, in its own type
@@ -48,19 +50,7 @@ def for_rows(params: Any, num_rows: int) -> Any:
     """
     if jax.export.is_symbolic_dim(num_rows) or num_rows > FEW_ROWS:
         return params
-    return turned(params) if _platform() == "cpu" else params
-
-
-def _platform() -> str | None:
-    """What the program that is being traced is for; None if for more than one.
-
-    The mesh says it, also where the program is compiled on a machine of another platform. A mesh
-    without devices stands for all, and outside a mesh a program runs where jax does.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.default_backend()
-    return None if mesh.abstract_device is None else mesh.abstract_device.platform
+    return turned(params) if placement.platform() == "cpu" else params
 
 
 def rounded(params: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""How much a traced program computes: multiplications and additions of its matrix products."""
+"""How much a traced program computes: multiplications and additions of its matrix products.
+
+Those inside a Pallas kernel count, padding included. Of cuDNN's, which are not traced, those of
+attention do.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -6,6 +10,14 @@ from typing import Any
 
 import jax
 from jax.extend import core
+
+
+def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """Those of a program and of all programs that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in _inside(equation.params):
+            yield from equations(inner)
 
 
 def count(jaxpr: core.ClosedJaxpr) -> float | None:
@@ -33,9 +45,29 @@ def _count(jaxpr: core.Jaxpr) -> float:
             raise _DependsOnDataError
         elif name == "cond":
             total += max(inner)
+        elif name.startswith("dot_product_attention"):
+            total += _of_attention(equation)
         else:
-            total += sum(inner) * (equation.params["length"] if name == "scan" else 1)
+            total += sum(inner) * _times(name, equation.params)
     return total
+
+
+def _times(name: str, params: Mapping[str, Any]) -> int:
+    """How often what an equation calls is done, over all devices."""
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    return 1
+
+
+def _of_attention(equation: Any) -> float:
+    """Of cuDNN's two products, or of the five with which it computes their gradient."""
+    queries, keys = (x.aval.shape for x in equation.invars[:2])  # b l h k
+    products = 5 if "bwd" in equation.primitive.name else 2
+    return products * 2.0 * math.prod(queries) * keys[1]
 
 
 def _of_product(equation: Any) -> float:

@@ -4,16 +4,22 @@ With one process each of these is what one would write without it.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # jax has no public name for what processes tell each other
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float32, Int
 
 from arcond_jax.parallel import mesh as mesh_lib
+
+DAY = 24 * 60 * 60 * 1000  # milliseconds
+_meetings = itertools.count()
 
 
 def are_several() -> bool:
@@ -26,10 +32,36 @@ def is_first() -> bool:
     return not are_several() or jax.process_index() == 0
 
 
+def local_rows(mesh: Mesh, num_rows: int) -> Int[np.ndarray, " r"]:
+    """Those of a batch that lie on devices of this process, in order.
+
+    Args:
+      num_rows: Of the batch; a multiple of its shards.
+    """
+    places: Any = mesh_lib.batch_sharding(mesh).addressable_devices_indices_map((num_rows,))
+    rows = np.arange(num_rows)
+    return np.unique([rows[place] for place in places.values()])
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Process-local rows to global arrays, sharded over the batch axes."""
+    """The `local_rows` of each process to global arrays, sharded over the batch axes."""
     sharding = mesh_lib.batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    if not are_several():
+        return jax.device_put(batch, sharding)
+    shards = mesh_lib.num_batch_shards(mesh)
+    here = len(local_rows(mesh, shards))
+
+    def place(x: np.ndarray) -> jax.Array:
+        num_rows = len(x) * shards // here
+        at = np.zeros(num_rows, np.int64)
+        at[local_rows(mesh, num_rows)] = np.arange(len(x))
+
+        def part(index: Any) -> np.ndarray:
+            return x[at[index[0]]]
+
+        return jax.make_array_from_callback((num_rows, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch)
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
@@ -70,13 +102,49 @@ def from_first(make: Callable[[], Any], abstract: Any) -> Any:
         return make()
     zeros = functools.partial(jax.tree.map, lambda x: np.zeros(x.shape, x.dtype))
     tree = make() if is_first() else zeros(abstract)
+    together()
     return multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, tree))
 
 
+def each(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of every process, in their order, bit for bit; all have to ask, with one shape."""
+    if not are_several():
+        yield dict(arrays)
+        return
+    bits = {name: _bits(x) for name, x in arrays.items()}  # jax has no 64 bits here
+    for index in range(jax.process_count()):
+        sent = multihost_utils.broadcast_one_to_all(bits, index == jax.process_index())
+        yield {
+            name: np.asarray(sent[name]).view(x.dtype).reshape(x.shape)
+            for name, x in arrays.items()
+        }
+
+
+def added(rows: Float32[np.ndarray, "n d"], *, at_a_time: int = 1024) -> None:
+    """Adds up in place what processes hold of one array, each row other than 0 in one of them."""
+    if not are_several():
+        return
+    for start in range(0, len(rows), at_a_time):
+        part = rows[start : start + at_a_time]
+        part[:] = np.sum(multihost_utils.process_allgather(part), axis=0)
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint32)
+
+
 def together() -> None:
-    """Waits for all processes; before one removes or makes what others look for."""
+    """Waits for all processes, for a day if need be: before or after what one of them does alone.
+
+    Not on the devices: the first collective of CPUs gives up when one is half a minute late.
+    """
     if are_several():
-        multihost_utils.sync_global_devices("together")
+        client().wait_at_barrier(f"together {next(_meetings)}", DAY)
+
+
+def client() -> Any:
+    """What all processes write to and read from, at the first of them."""
+    return distributed.global_state.client
 
 
 def anywhere(flag: bool) -> bool:

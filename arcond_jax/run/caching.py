@@ -21,6 +21,7 @@ from arcond_jax.data import views as views_lib
 from arcond_jax.parallel import compiled, memory
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run import measuring, sharded
+from arcond_jax.run import progress as progress_lib
 from arcond_jax.tokenizers import law as law_lib
 
 DTYPES = ("float16", "float32")  # of moments and latents
@@ -409,7 +410,7 @@ def _write(
     shard: sharded.Shard,
     encoder: _Encoder,
     readers: futures.Executor | None,
-    progress: sharded.Progress,
+    progress: progress_lib.Progress,
     sums: measuring.Sums | None,
 ) -> None:
     """Writes a shard of the images that can be read, and then what is known of it.
@@ -433,7 +434,7 @@ def _write(
 
     records.write_shard(out / shard.file, packed())
     sharded.keep(out, shard, label, failed, None if sums is None else vars(sums.done()))
-    progress.say(shard)
+    progress.say(shard.file)
 
 
 def _encoded(

@@ -42,7 +42,7 @@ def of_training(config: build.Config) -> Captions | None:
             "data.captions is not set: give the file that `arcond captions` made, with a caption "
             "for each class in the order of their folders"
         )
-    captions = read(epath.Path(config.data.captions), config)
+    captions = read(epath.Path(config.data.captions).expanduser(), config)
     if len(captions.valid) != config.data.num_classes:
         raise build.ConfigError(
             f"{config.data.captions} has {len(captions.valid)} captions, data.num_classes is "

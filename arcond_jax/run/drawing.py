@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from arcond_jax import build, types
-from arcond_jax.parallel import compiled, memory, processes
+from arcond_jax.parallel import compiled, memory, processes, stalling
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run.restoring import Trained
 from arcond_jax.sampling import mar as mar_sampling
@@ -70,7 +70,9 @@ class Drawer:
         Arguments and errors are those of `sample`.
         """
         drawn = self.sample(refiner, prompt, seed=seed, first_row=first_row, known=known)
-        return self.decode(drawn.tokens), drawn
+        image_uint8 = self.decode(drawn.tokens)
+        stalling.ended()
+        return image_uint8, drawn
 
     def sample(
         self,
@@ -152,6 +154,7 @@ class Drawer:
         seed: int,
         batch_size: int | None = None,
         known: mar_sampling.Known | None = None,
+        first_row: int = 0,
     ) -> Iterator[tuple[UInt8[np.ndarray, "size height width channels"], sampled_lib.Sampled]]:
         """Images drawn in batches of one size, each with what the loop left.
 
@@ -160,11 +163,14 @@ class Drawer:
         Args:
           batch_size: None for at most 1000, and fewer where they would take more than half of a
             device's memory; a refiner that mixes rows then gets all of them.
+          first_row: The images before it are left out.
         """
         num_rows = types.num_rows(prompt)
+        if first_row >= num_rows:
+            return
         if batch_size is None:
             batch_size = self._batch_size(refiner, prompt, known)
-        for start in range(0, num_rows, batch_size):
+        for start in range(first_row, num_rows, batch_size):
             part = rows(prompt, start, batch_size)  # of one size, so that the loop compiles once
             image_uint8, drawn = self(refiner, part, seed=seed, first_row=start, known=known)
             yield image_uint8[: num_rows - start], drawn

@@ -1,17 +1,25 @@
-"""How the samples of a run are made, and what they are compared with."""
+"""How the samples of a run are made, what they are compared with, and how they are scored."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
+import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float32, Int
+from jax.sharding import Mesh
+from jaxtyping import Float32, Int, UInt8
 
-from arcond_jax import atomic, build
+from arcond_jax import atomic, build, types
 from arcond_jax.build import family
 from arcond_jax.data import images, pipeline
-from arcond_jax.evaluation import card, features, samples
+from arcond_jax.evaluation import card, features, image_sets, samples
 from arcond_jax.evaluation import classifier as classifier_lib
+from arcond_jax.evaluation import inception as inception_lib
+from arcond_jax.evaluation import reference as reference_lib
+from arcond_jax.parallel import mesh as mesh_lib
+from arcond_jax.parallel import processes
+from arcond_jax.run import drawing
 from arcond_jax.run.restoring import Trained
 
 # Settings of the sampler that change no image.
@@ -85,7 +93,7 @@ class _Images:
     ) -> None:
         self._split, self._rows = split, rows
         self._pool = pipeline.pool(num_threads)
-        self.label = split.label[rows]
+        self.label, self.label_names = split.label[rows], split.label_names
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -104,18 +112,95 @@ def reference(config: build.Config, workdir: epath.PathLike) -> card.Reference:
       ValueError: An image cannot be read, or the classifier there is of other data.
       OSError: The classifier is still to be trained, and could not be kept.
     """
-    train_split, held_out = (build.source(config, split) for split in ("train", "held_out"))
-    count = min(len(train_split), MAX_TRAIN_IMAGES)
+    held_out, train = build.source(config, "held_out"), _train_images(config)
     threads, resize = config.data.num_threads, config.data.get("resize", "adm")
-    train = _Images(train_split, np.arange(count) * len(train_split) // count, threads)
     return card.reference(
         _Images(held_out, np.arange(len(held_out)), threads),
         held_out.label,
         image_train=train,
         extractor=_classifier(config, epath.Path(workdir) / "classifier.npz", train),
-        name=f"{config.data.name}, held out: {_listed(train_split.label_names)}",
+        name=f"{config.data.name}, held out: {_listed(train.label_names)}",
         made_by={} if resize == "adm" else {"resize": f"{resize}, not the crop of ADM"},
     )
+
+
+Labels = Literal["balanced", "drawn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What reads images for a score.
+
+    Attributes:
+      mesh: Of all devices, where the extractor reads images that are cut over them.
+    """
+
+    extractor: features.Features
+    mesh: Mesh | None = None
+
+
+def inception(
+    folder: epath.PathLike,
+    *,
+    preprocessing: inception_lib.Preprocessing = "tf",
+    dtype: inception_lib.Dtype = "float32",
+) -> Network:
+    """Inception on all devices; errors as of `inception.load`."""
+    load = inception_lib.load
+    if len(jax.devices()) == 1:
+        return Network(load(folder, preprocessing=preprocessing, dtype=dtype))
+    mesh = mesh_lib.make_mesh()
+    place = mesh_lib.replicated(mesh)
+    return Network(load(folder, preprocessing=preprocessing, dtype=dtype, place=place), mesh)
+
+
+def classifier(config: build.Config, workdir: epath.PathLike) -> Network:
+    """The small classifier of a run, trained the first time; errors as of `reference`."""
+    train = _train_images(config)
+    return Network(_classifier(config, epath.Path(workdir) / "classifier.npz", train))
+
+
+def split(config: build.Config, name: str = "held_out") -> image_sets.Split:
+    """The images of a split ("train" or "held_out"); errors as of `build.source`."""
+    data = config.data
+    facts: dict[str, image_sets.Setting] = {"data": data.name, "split": name}
+    if data.get("directory"):
+        facts["directory"] = data.directory
+    if "resize" in data:
+        facts |= image_sets.cropped(data.image_size, data.resize)
+    return image_sets.Split(build.source(config, name), facts, num_threads=data.num_threads)
+
+
+def real(config: build.Config, network: Network, name: str = "held_out") -> reference_lib.Reference:
+    """A split of a run's data, read by the network."""
+    return reference_lib.measure(
+        split(config, name),
+        network.extractor,
+        mesh=network.mesh,
+        num_classes=config.data.num_classes,
+    )
+
+
+def labels(num_images: int, num_classes: int, kind: Labels, *, seed: int) -> Int[np.ndarray, " n"]:
+    """Classes to draw images of: all in turn ("balanced"), or at random by the seed ("drawn")."""
+    if kind == "balanced":
+        return (np.arange(num_images) % num_classes).astype(np.int32)
+    return np.random.default_rng(seed).integers(num_classes, size=num_images).astype(np.int32)
+
+
+def drawn(
+    drawer: drawing.Drawer,
+    refiner: types.Refiner,
+    label: Int[np.ndarray, " n"],
+    *,
+    seed: int,
+    batch_size: int | None = None,
+) -> Iterator[tuple[UInt8[np.ndarray, "size height width channels"], Int[np.ndarray, " size"]]]:
+    """Images of a model and their classes, batch by batch, for `scoring.score`."""
+    start = 0
+    for image_uint8, _ in drawer.batches(refiner, label, seed=seed, batch_size=batch_size):
+        yield image_uint8, label[start : start + len(image_uint8)]
+        start += len(image_uint8)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -124,24 +209,36 @@ def _listed(names: Sequence[str]) -> str:
     return shown if more <= 0 else f"{shown} and {more} more"
 
 
+def _train_images(config: build.Config) -> _Images:
+    """Training images, at most `MAX_TRAIN_IMAGES`, spread evenly over the split."""
+    source = build.source(config, "train")
+    count = min(len(source), MAX_TRAIN_IMAGES)
+    rows = np.arange(count) * len(source) // count
+    return _Images(source, rows, config.data.num_threads)
+
+
 def _classifier(
     config: build.Config, path: epath.Path, train: _Images
 ) -> classifier_lib.Classifier:
     """The classifier of a run, trained the first time."""
-    if path.exists():
-        classifier = classifier_lib.load(path)
-        if classifier.num_classes != config.data.num_classes:
-            raise ValueError(
-                f"{path} knows {classifier.num_classes} classes, the run has "
-                f"{config.data.num_classes}: remove it, to train another"
-            )
-    else:
-        atomic.check(path)
-        starts = range(0, len(train), features.BATCH_SIZE)
-        batches = (train[start : start + features.BATCH_SIZE] for start in starts)
-        image = np.concatenate([images.shrink(batch, features.SMALL) for batch in batches])
-        classifier = classifier_lib.train_classifier(
-            image, train.label, num_classes=config.data.num_classes, seed=config.seed
+    if processes.is_first() and not path.exists():
+        _train_classifier(config, path, train)
+    processes.together()
+    classifier = classifier_lib.load(path)
+    if classifier.num_classes != config.data.num_classes:
+        raise ValueError(
+            f"{path} knows {classifier.num_classes} classes, the run has "
+            f"{config.data.num_classes}: remove it, to train another"
         )
-        classifier.save(path)
     return dataclasses.replace(classifier, trained_on=f"the {config.data.name} train split")
+
+
+def _train_classifier(config: build.Config, path: epath.Path, train: _Images) -> None:
+    atomic.check(path)
+    starts = range(0, len(train), features.BATCH_SIZE)
+    batches = (train[start : start + features.BATCH_SIZE] for start in starts)
+    image = np.concatenate([images.shrink(batch, features.SMALL) for batch in batches])
+    made = classifier_lib.train_classifier(
+        image, train.label, num_classes=config.data.num_classes, seed=config.seed
+    )
+    made.save(path)

@@ -1,43 +1,139 @@
-"""One training run in a working directory at a time."""
+"""One training run in a working directory at a time.
+
+On a file system the kernel holds the lock of a process, and lets go of it when the process ends in
+whatever way: no lock is ever stale. In a bucket there are no locks. There a file says whose the
+directory is, and changes as long as its run lives; one that does not change is of a run that died.
+"""
 
 import contextlib
 import fcntl
+import json
+import logging
 import os
+import socket
+import threading
+import time
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
 
-from arcond_jax import build
+from arcond_jax import atomic, build
+from arcond_jax.training import stopping
+
+BEAT = 20.0  # seconds between two changes of the file in a bucket
+DEAD = 3 * BEAT  # without a change; clocks of machines are not compared
+SETTLED = 3.0  # seconds until of two runs that start at once one sees the other
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def only_run(workdir: epath.Path) -> Iterator[None]:
-    """Holds a local working directory against a second run, for as long as the process lives.
+    """Holds a working directory against a second run; of several processes the first does.
 
-    In a bucket nothing is held: there are no locks there.
+    In a bucket a run whose predecessor was killed waits for `DEAD` seconds before it goes on.
 
     Raises:
-      build.ConfigError: Another run is writing there.
+      build.ConfigError: Another run is training there, or nothing can be written there.
     """
-    if "://" in str(workdir) or jax.process_index() != 0:
+    if jax.process_index() != 0:
         yield
         return
+    with _in_bucket(workdir) if "://" in str(workdir) else _on_disk(workdir):
+        yield
+
+
+def _refused(workdir: epath.Path, holder: str) -> build.ConfigError:
+    return build.ConfigError(
+        f"another run is training in {workdir} ({holder}): wait for its end, stop it, or use "
+        "another workdir"
+    )
+
+
+@contextlib.contextmanager
+def _on_disk(workdir: epath.Path) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        # Open for writing: over NFS a lock needs that.
+        descriptor = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise build.ConfigError(
             f"Cannot write to {workdir} ({error.strerror}): use another workdir"
         ) from None
-    descriptor = os.open(workdir, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise build.ConfigError(
-                f"another run is training in {workdir}: wait for its end, stop it, or use another "
-                "workdir"
-            ) from None
+            raise _refused(workdir, os.read(descriptor, 1000).decode(errors="replace")) from None
+        except OSError as error:
+            logging.warning("%s cannot be locked against a second run: %s", workdir, error.strerror)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, _me().encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@contextlib.contextmanager
+def _in_bucket(workdir: epath.Path) -> Iterator[None]:
+    lock, ours = workdir / LOCK, {"holder": _me(), "id": uuid.uuid4().hex}
+    _wait_while_silent(workdir, lock)
+    atomic.write_text(lock, json.dumps(ours | {"beat": 0}))
+    time.sleep(SETTLED)
+    other = _read(lock)
+    if other.get("id") != ours["id"]:
+        raise _refused(workdir, other.get("holder", "unknown"))
+    over = threading.Event()
+    beating = threading.Thread(target=_beat, args=(lock, ours, over), name="lock", daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        over.set()
+        beating.join()
+        lock.unlink(missing_ok=True)
+
+
+def _wait_while_silent(workdir: epath.Path, lock: epath.Path) -> None:
+    """Returns when there is no lock, or one of a run that died."""
+    found = _read(lock)
+    if found:
+        holder = found.get("holder", "unknown")
+        logging.info("%s: waiting %.0f s whether its run (%s) lives", workdir, DEAD, holder)
+    deadline = time.monotonic() + DEAD
+    while found and time.monotonic() < deadline:
+        time.sleep(BEAT / 10)
+        now = _read(lock)
+        if now and now != found:
+            raise _refused(workdir, now.get("holder", "unknown"))
+        found = now
+
+
+def _beat(lock: epath.Path, ours: dict[str, str], over: threading.Event) -> None:
+    beat = 0
+    while not over.wait(BEAT):
+        beat += 1
+        with contextlib.suppress(OSError):  # the next one may be written
+            other = _read(lock)
+            if other and other.get("id") != ours["id"]:  # this process stood still for so long
+                holder = other.get("holder", "unknown")
+                stopping.say(f"arcond: another run took over ({holder}): ending\n")
+                os._exit(2)
+            atomic.write_text(lock, json.dumps(ours | {"beat": beat}))
+
+
+def _read(lock: epath.Path) -> dict[str, Any]:
+    """What the file says; nothing where there is none."""
+    try:
+        found = json.loads(lock.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        return {"id": None}
+    return found if isinstance(found, dict) else {"id": None}

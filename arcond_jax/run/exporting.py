@@ -140,7 +140,7 @@ def in_dtype(trained: Trained, dtype: str) -> Trained:
 
 @contextlib.contextmanager
 def _for_all_platforms() -> Iterator[None]:
-    """A mesh of one device that may be of any platform, which `nn.layout` asks for."""
+    """A mesh of one device that may be of any platform, which `placement` asks for."""
     axes = mesh_lib.AXES
     types_of_axes = (jax.sharding.AxisType.Auto,) * len(axes)
     mesh = jax.sharding.AbstractMesh((1,) * len(axes), axes, axis_types=types_of_axes)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from arcond_jax.data import finding, images, listing, records
+from arcond_jax.run import progress as progress_lib
 from arcond_jax.run import sharded
 
 SHARD_BYTES = 512 * 2**20
@@ -144,7 +145,7 @@ def _write(
     split: listing.Listing,
     checked: Iterator[bytes | str],
     options: Options,
-    progress: sharded.Progress,
+    progress: progress_lib.Progress,
 ) -> None:
     """Writes a shard of the images that can be read, and then what is known of it."""
     label: list[int] = []
@@ -169,7 +170,7 @@ def _write(
             "this shard: repair them, or leave them out by --on_error skip"
         )
     sharded.keep(out, shard, label, failed)
-    progress.say(shard)
+    progress.say(shard.file)
 
 
 def _checked_in_order(

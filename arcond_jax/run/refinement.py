@@ -17,7 +17,7 @@ from arcond_jax import config as config_lib
 from arcond_jax.build import defaults, migration
 from arcond_jax.build import transport as transport_lib
 from arcond_jax.data import pipeline
-from arcond_jax.parallel import compiled, processes
+from arcond_jax.parallel import compiled, processes, stalling
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run import drawing, restoring
 from arcond_jax.run.restoring import Trained
@@ -56,20 +56,25 @@ def _condition_batches(
         tokens = build.tokens_of(tokenizer, batch)
         return generator.conditions(params, tokens, batch.prompt, rng, **needed.arguments)
 
-    place = mesh_lib.batch_sharding(trained.mesh)
     # Whole where a process has not all devices, so that each can bring the conditions to its host.
     whole = {"out_shardings": mesh_lib.replicated(trained.mesh)} if processes.are_several() else {}
     run = compiled.Compiled(run, trained.mesh, **whole)
     source = build.examples(trained.config, split)
     batch_size = mesh_lib.spread_over(trained.mesh, CONDITIONS_BATCH)
     batches = pipeline.full_batches(
-        source, batch_size, at_most=at_most, num_threads=trained.config.data.num_threads
+        source,
+        batch_size,
+        at_most=at_most,
+        rows=processes.local_rows(trained.mesh, batch_size),
+        num_threads=trained.config.data.num_threads,
     )
     for number, batch in enumerate(batches):
-        placed = processes.put(types.batch_of(batch, batch["label"]), place)
+        placed = processes.put_batch(types.batch_of(batch, batch["label"]), trained.mesh)
+        counted = processes.put_batch(batch["valid"], trained.mesh)
         rng = jax.random.fold_in(jax.random.key(CONDITIONS_SEED), number)
         cond = run(trained.params, trained.tokenizer, placed, rng)
-        yield cond, batch["label"], batch["valid"]
+        stalling.ended()
+        yield cond, *processes.fetch((placed.prompt, counted))
 
 
 def filled_bank(trained: Trained) -> Any:
@@ -104,8 +109,9 @@ def calibrate(trained: Trained, config: build.Config | None = None) -> types.Ref
     if kind.unfitted is not None:
         return kind.unfitted(bank, transport_lib.options(config))
     calibrator, label = _calibrator(trained, bank)
-    sampled = drawing.Drawer(trained).sample(calibrator, label, seed=CALIBRATION_SEED)
-    return calibrator.finish(sampled.refiner_state)
+    with stalling.longer():
+        sampled = drawing.Drawer(trained).sample(calibrator, label, seed=CALIBRATION_SEED)
+        return calibrator.finish(sampled.refiner_state)
 
 
 def _fitting_bank(trained: Trained) -> Any:
@@ -161,7 +167,9 @@ def _refiner_folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def _numbers(parent: epath.Path) -> list[int]:
-    return [int(x.name) for x in parent.iterdir() if x.name.isdigit()] if parent.is_dir() else []
+    if not parent.is_dir():
+        return []
+    return [int(x.name) for x in parent.iterdir() if x.name.isdigit() and checkpoint.is_whole(x)]
 
 
 def _remove_others(folder: epath.Path) -> None:

@@ -25,7 +25,7 @@ from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.training import state as state_lib
 
 # What may differ between a checkpoint and the config it is continued or sampled with.
-FREE_SECTIONS = ("sampling", "mesh", "transport")
+FREE_SECTIONS = ("sampling", "mesh", "transport", "evaluation")
 FREE_KEYS = (
     "data.directory",
     "data.captions",
@@ -118,7 +118,7 @@ def load_bank(workdir: epath.PathLike, config: build.Config, mesh: Mesh, *, step
     """The bank of a checkpoint; None if there is none of the config's slots, groups and atoms."""
     folder = bank_folder(workdir, step)
     shapes = jax.eval_shape(lambda: build.empty_bank(config))
-    if shapes is None or not folder.is_dir():
+    if shapes is None or not checkpoint.is_whole(folder):
         return None
     settings = bank_settings(config)
     if checkpoint.load_metadata(str(folder)) != settings:
@@ -238,7 +238,8 @@ def keep_tokenizer(workdir: epath.PathLike, tokenizer: types.Tokenizer) -> str:
       checkpoint.CheckpointError: It cannot be written.
     """
     folder, sha256 = _tokenizer_folder(workdir), tokens.sha256(tokenizer)
-    if folder.is_dir() and checkpoint.load_metadata(str(folder)).get("sha256") == sha256:
+    known = checkpoint.load_metadata(str(folder)) if checkpoint.is_whole(folder) else {}
+    if known.get("sha256") == sha256:
         return sha256
     processes.together()
     if processes.is_first() and folder.is_dir():  # of a run whose checkpoints are gone

@@ -7,18 +7,15 @@ with the shard it was at, and all ways lead to the same bytes.
 
 import dataclasses
 import json
-import logging
 import pathlib
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from arcond_jax import atomic
 from arcond_jax.data import records
+from arcond_jax.run import progress
 
 PROGRESS = "progress"  # folder of what is known of each shard that is written
 FAILED = "failed.txt"  # names and reasons of the images that were left out
@@ -90,11 +87,12 @@ def begin(out: pathlib.Path, plan: dict[str, Any], shards: Sequence[Shard]) -> d
 
 def unfinished(
     out: pathlib.Path, shards: Sequence[Shard], process_index: int, process_count: int
-) -> tuple[list[Shard], "Progress"]:
+) -> tuple[list[Shard], progress.Progress]:
     """The shards that this process has yet to write, and how far it is."""
     mine = shards[process_index::process_count]
     missing = [shard for shard in mine if _finished(out, shard) is None]
-    return missing, Progress(mine, missing)
+    total, left = (sum(shard.stop - shard.start for shard in part) for part in (mine, missing))
+    return missing, progress.Progress(total, done=total - left)
 
 
 def _finished(out: pathlib.Path, shard: Shard) -> dict[str, Any] | None:
@@ -187,41 +185,3 @@ def finish(
     manifest = plan | {"complete": True, "failed": len(failed), **more, "splits": splits}
     records.write_manifest(out, manifest)
     return manifest
-
-
-class Progress:
-    """Images a second and time left: a bar on a terminal, else a line after each shard."""
-
-    def __init__(self, mine: Sequence[Shard], missing: Sequence[Shard]):
-        self._total = sum(shard.stop - shard.start for shard in mine)
-        self._before = self._total - sum(shard.stop - shard.start for shard in missing)
-        self._now, self._began = self._before, time.monotonic()
-        self._bar = tqdm.tqdm(
-            total=self._total,
-            initial=self._now,
-            unit=" images",
-            disable=not sys.stderr.isatty(),
-        )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self) -> None:
-        self._now += 1
-        self._bar.update()
-
-    def say(self, shard: Shard) -> None:
-        if not self._bar.disable:
-            return
-        rate = (self._now - self._before) / max(time.monotonic() - self._began, 1e-3)
-        logging.info(
-            "%s: %d of %d images, %.0f a second, %.1f minutes left",
-            shard.file,
-            self._now,
-            self._total,
-            rate,
-            (self._total - self._now) / rate / 60,
-        )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import clu.parameter_overview
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -16,19 +15,34 @@ from jaxtyping import UInt8
 from arcond_jax import atomic, build, checkpoint, types
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.data import folder, pipeline
+from arcond_jax.parallel import compiled, operations, processes, stalling
 from arcond_jax.parallel import mesh as mesh_lib
-from arcond_jax.parallel import processes
 from arcond_jax.run import captions as captions_lib
-from arcond_jax.run import drawing, exclusive, refinement, restoring
+from arcond_jax.run import drawing, exclusive, online, refinement, restoring
 from arcond_jax.run import initial as initial_lib
-from arcond_jax.training import loop, stopping
+from arcond_jax.training import loop, profiling, rates, stopping
 from arcond_jax.training import state as state_lib
+from arcond_jax.training import writer as writer_lib
 from arcond_jax.transport import refiners
 
 # On the sheets drawn while training.
 SAMPLES_PER_CLASS = 10
 MAX_CLASSES = 20  # the first ones
 MAX_UNCHANGED = 0.5  # share of drafts that noise leaves as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """How a run is looked at.
+
+    Attributes:
+      wandb_project: Of Weights & Biases, where its numbers go too.
+      profile: Steps of which a trace is written.
+    """
+
+    wandb_project: str | None = None
+    profile: profiling.Span | None = None
+
 
 Images = UInt8[np.ndarray, "n height width channels"]
 Show = Callable[[int, Images, np.ndarray, tuple[str, ...] | None], None]
@@ -41,6 +55,8 @@ def train(
     show: Show | None = None,
     start_from: initial_lib.Initial | None = None,
     restart_from: int | None = None,
+    watch: Watch | None = None,
+    stall_minutes: float | None = None,
 ) -> bool:
     """Trains to `training.num_train_steps`, from the last checkpoint in `workdir` if there is one.
 
@@ -49,6 +65,8 @@ def train(
         `training.samples_every` steps.
       start_from: Weights that a fresh run starts with.
       restart_from: Step of an earlier checkpoint to go on from; later ones are removed.
+      watch: How it is looked at, beside its log in `workdir`.
+      stall_minutes: Ends the process, as `stalling.watched` does, when no step ended for so long.
 
     Returns:
       Whether the run is complete; False if it was told to stop (SIGTERM, SIGINT or SIGHUP), with
@@ -60,9 +78,12 @@ def train(
       checkpoint.CheckpointError: It cannot be written or read.
       loop.DivergedError: Gradients stopped being finite.
     """
-    workdir = epath.Path(workdir)
+    workdir, watch = epath.Path(workdir), watch or Watch()
+    if watch.wandb_project is not None:
+        writer_lib.check_wandb()
     # What a config can get wrong shows before anything is written.
     build.check_trained(config)
+    online.check(config)
     mesh, settings = build.training_mesh(config), config.training
     captions = captions_lib.of_training(config)
     batches = _Batches(config, mesh, captions)
@@ -77,6 +98,7 @@ def train(
     with (
         stopping.Stop() as stop,
         exclusive.only_run(workdir),
+        stalling.watched(stall_minutes),
         checkpoint.Checkpoints(
             f"{workdir}/checkpoints",
             every=settings.checkpoint_every,
@@ -91,14 +113,16 @@ def train(
         )
         if trained.step < settings.num_train_steps:
             draw = _sheets(trained, captions, show)
-            state = _train(trained, workdir, checkpoints, batches, state, draw, stop)
+            judge = online.judge(config, workdir)
+            state = _train(trained, workdir, checkpoints, batches, state, draw, judge, stop, watch)
             trained = dataclasses.replace(trained, params=state.ema, step=int(state.step))
-        checkpoints.wait()
-        stop.unsaved = False
-        if processes.anywhere(bool(stop)) or trained.step < settings.num_train_steps:
-            return False
-        _fill_bank(trained, workdir)
-        return not processes.anywhere(bool(stop))
+        with stalling.longer():
+            checkpoints.wait()
+            stop.unsaved = False
+            if processes.anywhere(bool(stop)) or trained.step < settings.num_train_steps:
+                return False
+            _fill_bank(trained, workdir)
+            return not processes.anywhere(bool(stop))
 
 
 def _warn_of_held_out(config: build.Config) -> None:
@@ -120,7 +144,9 @@ def _train(
     batches: "_Batches",
     state: state_lib.TrainState,
     draw: Callable[[int, state_lib.TrainState], None],
+    judge: online.Judge | None,
     stop: stopping.Stop,
+    watch: Watch,
 ) -> state_lib.TrainState:
     """The state after the last step, or after the one at which the run was told to stop; saved."""
     config, tokenizer, settings = trained.config, trained.tokenizer, trained.config.training
@@ -146,8 +172,22 @@ def _train(
 
     def step_fn(state: state_lib.TrainState, batch: types.Batch) -> tuple[Any, dict]:
         checkpoints.check()  # no step more than needed where the disk is full
-        return compiled_step(state, tokenizer, batch)
+        updated = compiled_step(state, tokenizer, batch)
+        stalling.ended()  # this step is queued, and the one before the last has
+        return updated
 
+    evaluate = None
+    if judge is not None:
+        best = online.Best(workdir, trained, position=batches.get_state, saved_config=saved_config)
+        evaluate = online.Scores(trained, judge, batches.captions, best)
+    writers = []
+    if processes.is_first():
+        writers = writer_lib.make_writers(
+            workdir,
+            resume_at=trained.step,
+            wandb_project=watch.wandb_project,
+            settings=config.to_dict(),
+        )
     return loop.train(
         state,
         batches,
@@ -157,13 +197,32 @@ def _train(
             log=settings.log_every,
             samples=settings.samples_every,
             checkpoint=settings.checkpoint_every,
+            evaluation=config.evaluation.every,
         ),
         save=save,
         draw_samples=draw,
         stop=stop,
         workdir=workdir,
+        work=_work(trained, compiled_step),
+        writers=writers,
+        profile=watch.profile,
         measure=_measure(trained),
+        evaluate=evaluate,
     )
+
+
+def _work(trained: restoring.Trained, train_step: compiled.Compiled) -> rates.Work:
+    """What a step does, what is computed again left out."""
+    config, mesh, tokenizer = trained.config, trained.mesh, trained.tokenizer
+    if config.model.get("remat", "none") != "none":
+        plain = build.changed(config, {"model.remat": "none"})
+        train_step = build.train_step(plain, mesh, tokenizer)
+
+    def of_device(state: state_lib.TrainState, batch: types.Batch) -> float | None:
+        total = operations.count(train_step.trace(state, tokenizer, batch).jaxpr)
+        return None if total is None else total / mesh.size
+
+    return rates.Work(config.data.batch_size, of_device)
 
 
 def _measure(trained: restoring.Trained) -> loop.Measure | None:
@@ -176,7 +235,8 @@ def _measure(trained: restoring.Trained) -> loop.Measure | None:
 
     def measure(state: state_lib.TrainState, batch: types.Batch) -> dict[str, float]:
         nonlocal unsaid
-        scalars = {name: float(x) for name, x in measure_fn(state, tokenizer, batch).items()}
+        with stalling.longer():
+            scalars = {name: float(x) for name, x in measure_fn(state, tokenizer, batch).items()}
         same = {x: scalars[x] for x in scalars if x.startswith("windows/unchanged")}
         copied = [f"{name} {share:.2f}" for name, share in same.items() if share > MAX_UNCHANGED]
         if unsaid and copied:
@@ -262,7 +322,8 @@ def _sheets(
             drawer.trained = dataclasses.replace(trained, params=state.ema, step=step)
             prompt = captions_lib.prompt_of(label, captions)
             try:
-                image_uint8 = drawer.images(refiners.Identity(), prompt, seed=0)
+                with stalling.longer():
+                    image_uint8 = drawer.images(refiners.Identity(), prompt, seed=0)
             except drawing.NotFiniteError as error:  # no reason to lose the run
                 logging.warning("no samples at step %d: %s", step, error)
                 return
@@ -282,15 +343,14 @@ class _Batches:
     def __init__(
         self, config: build.Config, mesh: Mesh, captions: captions_lib.Captions | None
     ) -> None:
-        self.mesh, self._captions = mesh, captions
+        self.mesh, self.captions = mesh, captions
         source = build.examples(config, "train")
         self.class_names = None if captions else tuple(source.label_names)
         iterator = pipeline.train_iterator(
             source,
             global_batch_size=config.data.batch_size,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=processes.local_rows(mesh, config.data.batch_size),
             num_threads=config.data.num_threads,
         )
         self._ahead = pipeline.Ahead(iterator, self._place)
@@ -302,7 +362,7 @@ class _Batches:
         return next(self._ahead)
 
     def _place(self, rows: pipeline.NumpyBatch) -> types.Batch:
-        prompt = captions_lib.prompt_of(rows["label"], self._captions)
+        prompt = captions_lib.prompt_of(rows["label"], self.captions)
         return processes.put_batch(types.batch_of(rows, prompt), self.mesh)
 
     def get_state(self) -> dict[str, Any]:

@@ -1,16 +1,16 @@
 """The train loop: data, step, and at fixed intervals log, pictures, checkpoint; resumes by itself.
 
-The order within a step is always the same: update, log, samples, save. A run that is stopped, by
-a signal or by force, and started again gives the numbers of one that never stopped. Nothing is
-saved while updates are being skipped: parameters that lead nowhere would push out good ones.
+The order within a step is always the same: update, scores, log, samples, save. A run that is
+stopped, by a signal or by force, and started again gives the numbers of one that never stopped.
+Nothing is saved while updates are being skipped: parameters that lead nowhere would push out good
+ones.
 """
 
 import contextlib
 import dataclasses
 import logging
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import clu.metrics
@@ -21,8 +21,8 @@ from etils import epath
 
 from arcond_jax import types
 from arcond_jax.parallel import processes
+from arcond_jax.training import profiling, rates, stopping
 from arcond_jax.training import state as state_lib
-from arcond_jax.training import stopping
 from arcond_jax.training import writer as writer_lib
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -30,6 +30,7 @@ MAX_SKIPPED_SHARE = 0.1  # of all updates; looked at where a line is logged
 
 
 Measure = Callable[[state_lib.TrainState, types.Batch], dict[str, float]]
+Evaluate = Callable[[int, state_lib.TrainState, Callable[[], bool]], dict[str, float]]
 
 
 class DivergedError(RuntimeError):
@@ -45,11 +46,12 @@ class BatchIterator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """Steps between two log lines, sheets of samples, and checkpoints; None means never."""
+    """Steps between two log lines, sheets of samples, checkpoints, scores; None means never."""
 
     log: int
     samples: int | None
     checkpoint: int
+    evaluation: int | None = None
 
 
 def train(
@@ -63,7 +65,11 @@ def train(
     draw_samples: Callable[[int, state_lib.TrainState], None],
     stop: stopping.Stop,
     workdir: epath.PathLike,
+    work: rates.Work,
+    writers: Sequence[writer_lib.Writer] = (),
+    profile: profiling.Span | None = None,
     measure: Measure | None = None,
+    evaluate: Evaluate | None = None,
 ) -> state_lib.TrainState:
     """Runs from `state.step` to `num_train_steps`.
 
@@ -71,7 +77,12 @@ def train(
       save: Called at checkpoint steps, at the last step and when told to stop.
       draw_samples: Called every `intervals.samples` steps.
       stop: True once the run is told to stop.
+      work: Of a step, for the rates that are logged.
+      writers: Where lines are logged; closed at the end. Of one process.
+      profile: Steps of which a trace is written to `workdir`/profile, by one process.
       measure: More to log, of the state and the batch at hand; called where a line is logged.
+      evaluate: Scores, of the step, the state, and what says between batches whether the run is
+        told to stop; called every `intervals.evaluation` steps, where a line is logged too.
 
     Returns:
       The state, saved; of an earlier step than the last if the run was told to stop.
@@ -81,35 +92,40 @@ def train(
     """
     step = int(state.step)
     is_first, told = processes.is_first(), processes.Agreed(lambda: bool(stop))
-    writers = writer_lib.make_writers(workdir, resume_at=step) if is_first else []
     progress = tqdm.tqdm(
         total=num_train_steps,
         initial=step,
         unit="step",
         disable=not (is_first and sys.stderr.isatty()),
     )
-    interval = _Interval()
+    sums, speed = _Sums(), rates.Rates(work)
+    trace = profiling.Trace(profile if is_first else None, workdir)
     skipped_before = 0
-    with progress, contextlib.ExitStack() as at_exit:
+    with progress, trace, contextlib.ExitStack() as at_exit:
         for writer in writers:
             at_exit.callback(writer.close)
         while step < num_train_steps and not told():
-            batch = interval.next_of(iterator)
+            trace.before(step, state)
+            batch = speed.next_of(iterator)
             state, metrics = step_fn(state, batch)
             stop.unsaved = True
             step += 1
             progress.update()
-            interval.add(metrics)
+            sums.add(metrics)
 
             # One step late, so that this step's work is queued before the last one is waited for.
             _check_not_diverged(skipped_before, step - 1, workdir)
             skipped_before = state.skipped_in_a_row + 0
 
-            if step % intervals.log == 0 or step == num_train_steps:
-                scalars = interval.read_and_reset()
+            scored = bool(intervals.evaluation) and step % intervals.evaluation == 0
+            if step % intervals.log == 0 or step == num_train_steps or scored:
+                scalars = sums.read_and_reset() | speed.read_and_reset(state, batch)
                 _check_few_skipped(int(state.skipped), step, workdir)
                 if measure is not None:
                     scalars |= measure(state, batch)
+                if scored and evaluate is not None:
+                    with speed.left_out():
+                        scalars |= evaluate(step, state, told)
                 for writer in writers:
                     writer.write_scalars(step, scalars)
                     writer.flush()
@@ -175,31 +191,17 @@ def _merge(
     return {name: sums[name].merge(x) for name, x in new.items()}
 
 
-class _Interval:
-    """Averages of the metrics since the last log line, kept on the device until they are read.
-
-    And how fast it went, and the share of the time that was spent waiting for batches.
-    """
+class _Sums:
+    """Averages of the metrics since the last log line, kept on the device until they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, clu.metrics.Average] | None = None
-        self._start, self._count, self._waited = time.perf_counter(), 0, 0.0
-
-    def next_of(self, iterator: BatchIterator) -> types.Batch:
-        start = time.perf_counter()
-        batch = next(iterator)
-        self._waited += time.perf_counter() - start
-        return batch
 
     def add(self, metrics: types.Metrics) -> None:
         new = _averages(metrics)
         self._sums = new if self._sums is None else _merge(self._sums, new)
-        self._count += 1
 
     def read_and_reset(self) -> dict[str, float]:
         scalars = {name: float(average.compute()) for name, average in (self._sums or {}).items()}
-        seconds = time.perf_counter() - self._start
-        scalars["steps_per_second"] = self._count / seconds
-        scalars["data_wait_share"] = self._waited / seconds
-        self.__init__()
+        self._sums = None
         return scalars

@@ -1,14 +1,18 @@
-"""Where numbers go while a run is under way: lines of JSON, and TensorBoard if it is installed."""
+"""Where numbers go while a run is under way: lines of JSON; TensorBoard, Weights & Biases."""
 
 import contextlib
+import importlib.util
 import json
 import math
+import uuid
 from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
 from arcond_jax import atomic
+from arcond_jax.config import ConfigError
+from arcond_jax.training import appending
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -37,7 +41,7 @@ class JsonLines:
         self._path = path = epath.Path(path)
         kept = [row for row in read_rows(path) if row["step"] <= resume_at]
         atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
+        self._file = appending.opened(path)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         values = {
@@ -89,9 +93,65 @@ def read_rows(path: epath.PathLike) -> list[dict]:
     return rows
 
 
-def make_writers(workdir: epath.PathLike, *, resume_at: int) -> list[Writer]:
-    """JSON lines always; clu's TensorBoard writer where TensorFlow is there to write it."""
-    writers: list[Writer] = [JsonLines(epath.Path(workdir) / "metrics.jsonl", resume_at=resume_at)]
+def check_wandb() -> None:
+    """Raises ConfigError where the `wandb` extra is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb needs the package: pip install 'arcond_jax[wandb]'")
+
+
+class Wandb:
+    """A run of Weights & Biases, the same one each time that training goes on."""
+
+    def __init__(self, workdir: epath.PathLike, project: str, settings: Mapping[str, Any]) -> None:
+        """Begins a run of a project or goes on with it; its number is kept in `wandb_id.txt`.
+
+        Args:
+          settings: Shown beside the run.
+        """
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        workdir = epath.Path(workdir)
+        kept = workdir / "wandb_id.txt"
+        number = kept.read_text().strip() if kept.exists() else uuid.uuid4().hex[:12]
+        atomic.write_text(kept, number + "\n")
+        local = "://" not in str(workdir)
+        self._run = wandb.init(
+            project=project,
+            id=number,
+            name=workdir.name,
+            resume="allow",
+            dir=str(workdir) if local else None,
+            config=dict(settings),
+        )
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def flush(self) -> None:
+        """Is left to wandb, which sends from a process of its own."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def make_writers(
+    workdir: epath.PathLike,
+    *,
+    resume_at: int,
+    wandb_project: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Writer]:
+    """JSON lines always; clu's TensorBoard writer where TensorFlow is there to write it.
+
+    Args:
+      resume_at: Step that is logged already.
+      wandb_project: Of Weights & Biases; None for no run there.
+      settings: That such a run shows.
+    """
+    writers: list[Writer] = []
+    if wandb_project is not None:
+        writers.append(Wandb(workdir, wandb_project, settings or {}))
+    writers.append(JsonLines(epath.Path(workdir) / "metrics.jsonl", resume_at=resume_at))
     try:
         # clu.metric_writers imports TensorFlow, which only the `tensorboard` extra installs.
         from clu import metric_writers

@@ -68,8 +68,10 @@ def test_a_program_of_the_command_line(tmp_path, capsys):
     out = tmp_path / "report.json"
     command = ["compile", "--config", "digits:tensorar", "--topology", "cpu", "--json", str(out)]
     assert cli.main([*command, *overrides]) == 0
-    assert "It fits" in capsys.readouterr().out
+    text = capsys.readouterr().out
     (plain,) = json.loads(out.read_text())
+    assert "It fits" in text and "Attention, queries x keys: einsum of " in text
+    assert list(plain["attention"]) == ["einsum"]
     assert plain["fits"] and plain["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
     assert set(plain["collectives"]) == {"all-reduce over data"}
 
@@ -109,6 +111,7 @@ def too_much(**changes):
     base = dict(config="", topology="v5e:2x2", what="train", num_accumulations=1, remat="none")
     base |= dict(mesh={"data": 8, "fsdp": 1, "tensor": 1}, slices=2, batch_size=64)
     base |= dict(parts={"parameters": 20}, temporary=0, limit=10, fits=False, operations=None)
+    base |= dict(attention={})
     return aot.Report(**base | dict(collectives=None, compile_seconds=1.0) | changes)
 
 

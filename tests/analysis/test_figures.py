@@ -60,22 +60,10 @@ def test_half_a_png_never_stands_under_its_name(tmp_path):
     try:
         with pytest.raises(OSError, match=r"s.png cannot be written: File too large"):
             figures.write_png(tmp_path / "s.png", grid)
-        with pytest.raises(OSError, match=r"all cannot be written: File too large"):
-            figures.write_png_folder(tmp_path / "all", grid[None])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_folder_holds_an_image_each(channels, tmp_path):
-    image = np.random.default_rng(0).integers(0, 255, (11, 6, 5, channels), dtype=np.uint8)
-    figures.write_png_folder(tmp_path / "all", image)
-    paths = sorted((tmp_path / "all").iterdir())
-    assert [path.name for path in paths] == [f"{i:06d}.png" for i in range(11)]
-    read = np.stack([np.asarray(PIL.Image.open(path)) for path in paths])
-    np.testing.assert_array_equal(read.reshape(image.shape), image)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -28,18 +28,29 @@ def patched_devices():
         yield
 
 
+def shared(tmp_path_factory, name: str, config) -> pathlib.Path:
+    """A run never to be written to. The first worker to need it trains it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    workdir = folder / name / "run"
+    workdir.parent.mkdir(exist_ok=True)
+    with patched_devices(), open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert training.train(config, workdir)  # returns at once where it is complete
+    return workdir
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> pathlib.Path:
-    """Never to be written to: copy it with `copy_of`. The first worker to need it trains it."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    workdir = shared / "finished" / "run"
-    workdir.parent.mkdir(exist_ok=True)
-    with patched_devices(), open(shared / "finished.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert training.train(tiny.config(), workdir)  # returns at once where it is complete
-    return workdir
+    """Never to be written to: copy it with `copy_of`."""
+    return shared(tmp_path_factory, "finished", tiny.config())
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory) -> pathlib.Path:
+    """The same of one that is scored while it trains, so that it has a classifier."""
+    return shared(tmp_path_factory, "scored", tiny.scored_config())
 
 
 @pytest.fixture

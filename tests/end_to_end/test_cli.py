@@ -14,6 +14,7 @@ from PIL import Image
 from arcond_jax.cli import main
 from arcond_jax.evaluation import classifier, samples
 from arcond_jax.run import drawing, restoring
+from arcond_jax.training import writer
 from arcond_jax.transport import refiners
 
 
@@ -254,6 +255,33 @@ def test_a_card_that_cannot_be_written_is_printed(finished, copy_of, tmp_path, c
     assert shown.err.count("\n") == 1 and "samples.card.json cannot be written" in shown.err
     assert main.main([*arguments, "--out", str(tmp_path / "card.json")]) == 0
     assert json.loads((tmp_path / "card.json").read_text())["measurements"]["precision"] >= 0.0
+
+
+def test_status_of_a_complete_run(finished, tmp_path, capsys):
+    assert main.main(["status", "--workdir", str(finished)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[0].split(maxsplit=1) == ["step:", "6 of 6, digits_joint"]
+    assert "steps/s" in lines[1] and "images/s" in lines[1]
+    assert lines[2].endswith("none: complete")
+    assert "step 6, " in lines[3]
+    assert lines[4] == "skipped updates: 0"
+    assert_one_line(["status", "--workdir", tmp_path], capsys, tmp_path, "holds no run")
+
+
+def test_status_of_a_run_under_way(finished, copy_of, capsys):
+    workdir = copy_of(finished, last_step=4)
+    rows = writer.read_rows(workdir / "metrics.jsonl")[:5]
+    rows[-1] |= {"steps_per_second": 0.01, "mfu": 0.42, "skipped_updates": 2.0}
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "los'
+    (workdir / "metrics.jsonl").write_text(text)
+    assert main.main(["status", "--workdir", str(workdir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("5 of 6, digits_joint")
+    assert "0.01 steps/s" in lines[1] and "MFU 42%" in lines[1]
+    assert "1 min 40 s; last line" in lines[2]
+    assert "step 4, " in lines[3]
+    assert lines[4] == "skipped updates: 2"
 
 
 def test_train_sample_plain(finished, tmp_path, capsys):

@@ -1,114 +1,177 @@
 """Several processes as one program: the same numbers and files, one stop, one line for who is gone.
 
-Two processes of four CPU devices each against one of eight.
+Two processes against one, which has as many CPU devices.
 """
 
+import json
 import os
-import re
+import pathlib
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
+import hosts
+import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
+from arcond_jax.run import training
 from arcond_jax.training import writer
 
-SECONDS = 900
+SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "local_multiprocess.sh"
+SMALL = dict(variant="base")  # codes alone: compiles fast
 
 
-def start(*arguments, count=2, numbers=None):
-    """The processes of one command; each has its part of eight devices."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{opened.getsockname()[1]}"
-    flag = f"--xla_force_host_platform_device_count={8 // count}"
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", flag, os.environ["XLA_FLAGS"])
-    there = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "arcond_jax", *map(str, arguments)],
-            env={**os.environ, "XLA_FLAGS": flags, **there, "JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in (range(count) if numbers is None else numbers)
-    ]
-
-
-def ended(processes):
-    """Exit codes, and what each said."""
-    said = [process.communicate(timeout=SECONDS) for process in processes]
-    return [process.returncode for process in processes], said
-
-
-def train_arguments(workdir, *more):
-    overrides = (f"--config.{override}" for override in (*tiny.overrides(), *more))
-    return ["train", "--config", "digits:joint", "--workdir", workdir, *overrides]
-
-
-def rows(workdir):
-    found = writer.read_rows(workdir / "metrics.jsonl")
-    for row in found:
-        del row["steps_per_second"], row["data_wait_share"]
-    return found
-
-
-def assert_same_rows(found, wanted):
-    """Sums run in another order: a few float32 roundings (1.2e-7) apart."""
-    assert [row["step"] for row in found] == [row["step"] for row in wanted]
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours.keys() == theirs.keys()
-        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=3e-5, atol=1e-6)
+def wait_for_rows(workdir, processes):
+    while not writer.read_rows(workdir / "metrics.jsonl"):
+        assert processes[0].poll() is None
+        time.sleep(0.02)
 
 
 def test_who_is_missing_is_named_in_one_line(tmp_path):
-    arguments = train_arguments(tmp_path / "run")
-    (code,), ((output, error),) = ended(
-        start(*arguments, "--initialization_timeout", 1, numbers=(0,))
+    arguments = hosts.train_arguments(tmp_path / "run")
+    (code,), (output,), (error,) = hosts.ended(
+        hosts.start(*arguments, "--initialization_timeout", 1, numbers=(0,))
     )
     assert (code, output, error.count("\n")) == (2, "", 1)
     assert "1 of 2 processes did not come within 1 seconds: process 1;" in error
     assert os.listdir(tmp_path) == []
 
 
+def test_told_to_stop_one_stops_all_and_the_restart_is_as_one_process(tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    more = ("training.num_train_steps=40", "training.checkpoint_every=100")
+    arguments = hosts.train_arguments(workdir, *more, **SMALL)
+    processes = hosts.start(*arguments, devices=1)
+    wait_for_rows(workdir, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, outputs, errors = hosts.ended(processes)
+    assert codes == [75, 75], errors
+    assert f"stopped and saved: {workdir}" in outputs[0] and "stopped" not in outputs[1]
+    hosts.run(*arguments, devices=1)
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
+    assert training.train(tiny.config("base", *more), tmp_path / "whole")
+    hosts.assert_same_rows(hosts.rows(workdir), hosts.rows(tmp_path / "whole"))
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Twenty images of each of two classes, and what makes a run train on them without an end."""
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        folder = tmp_path / "photographs" / "train" / f"class_{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    overrides = (
+        "data.name=folder",
+        f"data.directory={tmp_path / 'photographs'}",
+        "data.num_channels=3",
+        "data.num_classes=2",
+        "training.num_train_steps=1000000",
+        "training.checkpoint_every=1000000",
+    )
+    return tmp_path / "photographs" / "train" / "class_0" / "0.png", overrides
+
+
 @pytest.mark.slow
-def test_two_processes_are_as_one(tmp_path):
-    images = {}
+def test_what_one_fails_of_all_say_and_end_with(photographs, tmp_path):
+    """Each reads its own rows: of an image that becomes damaged one of the two learns first."""
+    image, overrides = photographs
+    arguments = hosts.train_arguments(tmp_path / "run", *overrides, **SMALL)
+    processes = hosts.start(*arguments, devices=1)
+    wait_for_rows(tmp_path / "run", processes)
+    image.write_bytes(b"")
+    began = time.monotonic()
+    codes, _, errors = hosts.ended(processes)
+    assert time.monotonic() - began < 60
+    assert codes == [2, 2], errors
+    for error in errors:
+        (line,) = [x for x in error.splitlines() if "arcond train: " in x]
+        assert f"{image} cannot be read as an image" in line and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_of_one_that_hangs_all_show_where_and_end(photographs, tmp_path):
+    """One reads for ever, from a pipe that nobody writes to; the other waits for it."""
+    image, overrides = photographs
+    arguments = hosts.train_arguments(tmp_path / "run", *overrides, **SMALL)
+    processes = hosts.start(*arguments, "--stall_minutes", 0.1, devices=1)
+    wait_for_rows(tmp_path / "run", processes)
+    os.mkfifo(image.with_name("pipe"))
+    image.with_name("pipe").rename(image)
+    codes, _, errors = hosts.ended(processes)
+    assert codes == [124, 124], errors
+    assert all("nothing ended for 0.1 minutes" in error for error in errors)
+    assert any("in open_square" in error for error in errors)
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(tmp_path, monkeypatch):
+    """Through the script of `launch/`, with four devices each."""
+    monkeypatch.setenv("PATH", os.pathsep.join([str(program(tmp_path)), os.environ["PATH"]]))
+    images, cards, scores = {}, {}, {}
     for count in (1, 2):
-        workdir = tmp_path / f"{count}"
-        npz = tmp_path / f"{count}.npz"
+        workdir, npz = tmp_path / f"{count}", tmp_path / f"{count}.npz"
         sample = ["sample", "--checkpoint", workdir, "--num_images", 16, "--out", npz]
         calibrate = ["calibrate", "--checkpoint", workdir]
-        for command in (train_arguments(workdir), calibrate, sample):
-            codes, said = ended(start(*command, count=count))
-            assert codes == [0] * count, said
+        compare = ["compare", "--checkpoint", workdir, "--num_seeds", 2, "--per_class", 2]
+        compare += ["--system", "plain", "transport.kind=none", "--system", "refined"]
+        for command in (hosts.train_arguments(workdir), calibrate, sample, compare):
+            how = ["--processes", count, "--devices", 8 // count, "--port", hosts.free_port()]
+            words = ["bash", SCRIPT, *how, "--logs", tmp_path / "logs", "--", *command]
+            done = subprocess.run(
+                list(map(str, words)), capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
         images[count] = np.load(npz)["arr_0"].astype(np.int32)
-    assert_same_rows(rows(tmp_path / "2"), rows(tmp_path / "1"))
+        hosts.run("evaluate", "--samples", npz, "--checkpoint", workdir, count=1)
+        cards[count] = numbers(json.loads(npz.with_suffix(".card.json").read_text()))
+        scores[count] = numbers(json.loads((workdir / "comparison.json").read_text()))
+        given = ["--samples", tmp_path / "1.npz", "--reference", npz, "--allow_singular"]
+        out = tmp_path / f"{count}.scores.json"
+        arguments = ["evaluate", "--checkpoint", tmp_path / "1", *given, "--out", out]
+        measured = [
+            hosts.run(*arguments, count=n) and numbers(json.loads(out.read_text())) for n in (1, 2)
+        ]
+        np.testing.assert_allclose(measured[1], measured[0], rtol=1e-12, atol=1e-12)
+    assert len(cards[1]) > 5 and len(scores[1]) > 20
+    # A level of a pixel here and there.
+    np.testing.assert_allclose(cards[2], cards[1], rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(scores[2], scores[1], rtol=1e-2, atol=1e-2)
+    hosts.assert_same_rows(hosts.rows(tmp_path / "2"), hosts.rows(tmp_path / "1"))
     assert np.abs(images[1] - images[2]).max() <= 1
 
 
+def numbers(tree):
+    """All of a JSON document but those of time, in its order."""
+    if isinstance(tree, dict):
+        timed = ("milliseconds_per_image", "refinement_share_of_time")
+        return [x for name, value in tree.items() if name not in timed for x in numbers(value)]
+    if isinstance(tree, list):
+        return [x for value in tree for x in numbers(value)]
+    return [float(tree)] if isinstance(tree, (int, float)) else []
+
+
+def program(folder):
+    """A folder that holds `arcond`, of this checkout."""
+    path = folder / "bin" / "arcond"
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m arcond_jax "$@"\n')
+    path.chmod(0o755)
+    return path.parent
+
+
 @pytest.mark.slow
-def test_told_to_stop_one_stops_all_and_the_restart_is_uninterrupted(tmp_path):
-    codes, said = ended(start(*train_arguments(tmp_path / "whole")))
-    assert codes == [0, 0], said
-    workdir = tmp_path / "run"
-    processes = start(*train_arguments(workdir))
-    while not rows_or_none(workdir):
-        assert processes[0].poll() is None
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
-    codes, said = ended(processes)
-    assert codes == [75, 75], said
-    assert "stopped and saved" in said[0][0]
-    codes, said = ended(start(*train_arguments(workdir)))
-    assert codes == [0, 0], said
-    assert rows(workdir) == rows(tmp_path / "whole")
-
-
-def rows_or_none(workdir):
-    return writer.read_rows(workdir / "metrics.jsonl")
+def test_with_latents_and_a_bank_the_restart_is_the_same(tmp_path):
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    hosts.run(*hosts.train_arguments(whole))
+    shutil.copytree(whole, workdir)
+    for step in (4, 6):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    hosts.run(*hosts.train_arguments(workdir))
+    assert hosts.rows(workdir) == hosts.rows(whole)

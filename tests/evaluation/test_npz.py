@@ -38,8 +38,10 @@ def refused(path, *names):
     return str(error.value)
 
 
+@pytest.mark.parametrize("held", [npz.HELD, 0])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_arrays_come_back(save, path):
+def test_arrays_come_back(save, held, path, monkeypatch):
+    monkeypatch.setattr(npz, "HELD", held)
     fortran = np.asfortranarray(np.arange(6.0).reshape(2, 3))
     foreign = np.arange(3, dtype=">i4")
     save(path, **ARRAYS, fortran=fortran, foreign=foreign, text=np.asarray("é"), empty=np.ones(0))
@@ -48,6 +50,57 @@ def test_arrays_come_back(save, path):
         np.testing.assert_array_equal(found[name], value)
         assert found[name].dtype.isnative
     assert str(found["text"]) == "é" and found["empty"].shape == (0,)
+    assert isinstance(found["image"], np.memmap) == (held == 0)
+    with pytest.raises(ValueError, match="read-only"):
+        found["image"][0] = 0
+
+
+def test_the_bytes_are_those_of_numpy(path):
+    buffer = io.BytesIO()
+    np.savez(buffer, **ARRAYS)
+    npz.write(path, ARRAYS)
+    assert path.read_bytes() == buffer.getvalue()
+    image = ARRAYS["image"]
+    pieces = (image[start : start + 2] for start in (0, 2))
+    npz.write(path, {**ARRAYS, "image": npz.InPieces(image.shape, image.dtype, pieces)})
+    assert path.read_bytes() == buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([ARRAYS["image"][:2]], "the pieces of image have 2 rows, the array 3"),
+        (
+            [ARRAYS["image"][:, :2]],
+            r"a piece of image is uint8 \[3, 2, 4\], the array",
+        ),
+        ([ARRAYS["image"].astype(int)], "a piece of image is int64"),
+    ],
+)
+def test_pieces_that_are_no_array_leave_no_file(pieces, message, path):
+    image = ARRAYS["image"]
+    with pytest.raises(ValueError, match=message):
+        npz.write(path, {"image": npz.InPieces(image.shape, image.dtype, pieces)})
+    assert os.listdir(path.parent) == []
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_large_array_takes_no_memory(compression, path, monkeypatch):
+    """One of 64 MiB, and what stands in front of it in the file."""
+    monkeypatch.setattr(npz, "HELD", 1 << 24)
+    with zipfile.ZipFile(path, "w", compression, compresslevel=1) as archive:
+        archive.writestr("other.npy", bytes(100))
+        with archive.open("image.npy", "w") as member:
+            member.write(header((1 << 26,)))
+            for value in range(64):
+                member.write(bytes([value]) * (1 << 20))
+    tracemalloc.start()
+    image = npz.read(path, "image", what="file")["image"]
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+    np.testing.assert_array_equal(image[:: 1 << 20], np.arange(64))
+    path.unlink()  # what is mapped stays
+    assert image[-1] == 63
 
 
 def test_a_tuple_names_an_array_in_turn(path):
@@ -127,6 +180,7 @@ def test_a_whole_number_is_one(value):
     assert npz.whole_number(np.asarray(3), where="x") == 3
 
 
+@pytest.mark.parametrize("held", [npz.HELD, 0])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize(
     "count",
@@ -135,8 +189,9 @@ def test_a_whole_number_is_one(value):
         pytest.param(5000, marks=pytest.mark.slow),
     ],
 )
-def test_mutated_files_of_samples_are_read_or_refused(save, count, path):
+def test_mutated_files_of_samples_are_read_or_refused(save, count, held, path, monkeypatch):
     """Any other exception, and any warning, fails the test."""
+    monkeypatch.setattr(npz, "HELD", held)
     image = np.random.default_rng(1).integers(0, 99, (3, 2, 2, 1)).astype(np.uint8)
     buffer = io.BytesIO()
     text = np.asarray('{"seed": 1, "sampling": {}}')

@@ -27,11 +27,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     samples.write_samples(path, IMAGE, LABEL, num_classes=3)
     before = path.read_bytes()
 
-    def fail(file, **arrays):
+    def fail(file, array, **options):
         file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(np, "savez", fail)
+    monkeypatch.setattr(np.lib.format, "write_array", fail)
     with pytest.raises(OSError, match="disk full"):
         samples.write_samples(path, IMAGE, LABEL, num_classes=3)
     assert path.read_bytes() == before

@@ -2,6 +2,7 @@
 
 import checks_captioned
 import checks_diffusion
+import checks_evaluation
 import checks_gpt
 import checks_inception
 import checks_kl
@@ -13,6 +14,7 @@ import checks_vq
 CHECKS = {
     **checks_captioned.CHECKS,
     **checks_diffusion.CHECKS,
+    **checks_evaluation.CHECKS,
     **checks_gpt.CHECKS,
     **checks_inception.CHECKS,
     **checks_kl.CHECKS,

@@ -29,6 +29,17 @@ assert cut.shape == (8,) and cut.addressable_shards[0].data.shape == (1,)
 np.testing.assert_array_equal(processes.fetch({"x": cut})["x"], x)
 np.testing.assert_array_equal(processes.fetch(processes.put_batch(x[:4], mesh)), [*x[:4]] * 2)
 
+# Also where the devices of processes take turns, and where a row lies on devices of both.
+turns = sorted(jax.devices(), key=lambda device: device.id % 1000 % 4)
+assert [device.process_index for device in turns] == [0, 1] * 4
+for axes, devices, rows in (
+    ({}, turns, x[me::2]), ({"tensor": 2}, turns, x), ({"tensor": 8}, None, x),
+    ({"data": 2, "tensor": 4}, None, x[4 * me : 4 * me + 4]),
+):
+    other = mesh_lib.make_mesh(devices=devices, **axes)
+    np.testing.assert_array_equal(x[processes.local_rows(other, 8)], rows)
+    np.testing.assert_array_equal(processes.fetch(processes.put_batch(rows, other)), x)
+
 abstract = {"a": jax.ShapeDtypeStruct(x.shape, x.dtype)}
 made = processes.from_first(lambda: {"a": x + me + 1}, abstract)
 np.testing.assert_array_equal(made["a"], x + 1)

@@ -8,10 +8,13 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
 from arcond_jax import aot, build
-from arcond_jax.parallel import topology
+from arcond_jax.nn import attention
+from arcond_jax.parallel import compiled, topology
+from arcond_jax.parallel import mesh as mesh_lib
 
 pytestmark = pytest.mark.tpu
 
@@ -59,6 +62,31 @@ def test_a_small_update_moves_its_weights_and_no_activations(name):
             assert math.prod(shape) <= max(leaf.size for leaf in leaves), x
             assert not [size for size in shape if size and size % 23 == 0], x
     assert moved(report) < 1.5 * 3 * 2 * num_params(config)
+    drops_weights = config.model.get("attention_dropout", 0) > 0  # RAR and MAR
+    assert ("splash" in report.attention) == (not drops_weights)
+
+
+@pytest.mark.parametrize(
+    ("b", "length", "heads", "head_dim", "is_causal"),
+    [(32, 256, 20, 64, True), (32, 256, 16, 72, False), (16, 576, 24, 64, True)],
+)
+def test_a_kernel_takes_less_memory_than_scores(b, length, heads, head_dim, is_causal):
+    mesh = mesh_lib.make_mesh(devices=topology.named("v5e:2x2").devices[:1])
+    whole = mesh_lib.replicated(mesh)
+
+    def temporary(dropout):
+        def block(qkv):
+            return attention.attend(*qkv, is_causal=is_causal, dropout=dropout)
+
+        def loss(qkv):
+            return block(qkv).astype(jnp.float32).sum()
+
+        shape = (b, length, heads, head_dim)
+        qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole)] * 3
+        made = compiled.Compiled(jax.grad(loss), mesh).lower(qkv).compile()
+        return made.memory_analysis().temp_size_in_bytes
+
+    assert temporary(dropout=None) < temporary(dropout=lambda weights: weights)
 
 
 @pytest.mark.parametrize("name", ["llamagen_xl_256", "ar_xl_imagenet256", "mar_huge_imagenet256"])

@@ -17,7 +17,7 @@ from arcond_jax import build, types
 from arcond_jax.data import images
 from arcond_jax.models import losses, rar
 from arcond_jax.parallel import mesh as mesh_lib
-from arcond_jax.training import loop, optimizer, step, stopping, writer
+from arcond_jax.training import loop, optimizer, profiling, rates, step, stopping, writer
 from arcond_jax.training import state as state_lib
 
 
@@ -139,7 +139,7 @@ class Repeated:
         return self.batch
 
 
-def run_loop(run, iterator, workdir, num_train_steps, saved):
+def run_loop(run, iterator, workdir, num_train_steps, saved, profile=None):
     result = loop.train(
         jax.tree.map(jnp.asarray, run.state),
         iterator,
@@ -150,8 +150,28 @@ def run_loop(run, iterator, workdir, num_train_steps, saved):
         draw_samples=lambda step, state: None,
         stop=stopping.Stop(),
         workdir=workdir,
+        work=rates.Work(run.config.data.batch_size, lambda state, batch: 3e9),
+        writers=writer.make_writers(workdir, resume_at=0),
+        profile=profile,
     )
     return result
+
+
+def test_the_rates_of_a_line_are_those_of_its_steps(joint, tmp_path):
+    good = tiny.batch(joint.config)
+    run_loop(joint, Repeated(good), tmp_path, 3, [], profiling.Span(1, 2))
+    for row in writer.read_rows(tmp_path / "metrics.jsonl"):
+        per_second = row["steps_per_second"]
+        assert row["images_per_second"] == pytest.approx(16 * per_second)
+        assert row["device_teraflops"] == pytest.approx(3e-3 * per_second)
+        assert 0 <= row["data_wait_share"] < 1
+        assert "mfu" not in row  # nobody says how much a CPU can do
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_peaks_are_found_by_the_kind_of_a_device():
+    kinds = "TPU v5 lite", "TPU v5p", "TPU v6 lite", "NVIDIA H100 80GB HBM3", "cpu"
+    assert [rates.peak(kind) for kind in kinds] == [197.0, 459.0, 918.0, 989.4, None]
 
 
 def test_a_tenth_of_bad_gradients_stops_the_loop(joint, tmp_path):

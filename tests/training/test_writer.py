@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from arcond_jax import config
 from arcond_jax.training import writer
 
 
@@ -63,3 +64,56 @@ def test_a_file_of_something_else_is_named(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged \(.*\): move it away or del"):
         writer.JsonLines(path, resume_at=5)
+
+
+def scalars_of(folder):
+    """What TensorBoard reads back: {name: {step: value}}."""
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    read = event_accumulator.EventAccumulator(str(folder), {"tensors": 0})
+    read.Reload()
+    from tensorboard.util import tensor_util
+
+    return {
+        name: {e.step: float(tensor_util.make_ndarray(e.tensor_proto)) for e in read.Tensors(name)}
+        for name in read.Tags()["tensors"]
+    }
+
+
+def test_tensorboard_shows_what_was_written(tmp_path):
+    pytest.importorskip("tensorflow")
+    for resume_at in (0, 2):
+        writers = writer.make_writers(tmp_path, resume_at=resume_at)
+        for one in writers:
+            one.write_scalars(resume_at + 1, {"loss": 2.5, "a/b": resume_at})
+            one.write_scalars(resume_at + 2, {"loss": 1.5, "a/b": -1.0})
+            one.flush()
+            one.close()
+    found = scalars_of(tmp_path / "tensorboard")
+    assert found == {"loss": {1: 2.5, 2: 1.5, 3: 2.5, 4: 1.5}, "a/b": {1: 0, 2: -1, 3: 2, 4: -1}}
+    assert [row["step"] for row in writer.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_wandb_keeps_one_run_through_resumes(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for resume_at in (0, 1):
+        writers = writer.make_writers(
+            tmp_path, resume_at=resume_at, wandb_project="digits", settings={"seed": 3}
+        )
+        for one in writers:
+            one.write_scalars(resume_at + 1, {"loss": 2.5})
+            one.flush()
+            one.close()
+    number = (tmp_path / "wandb_id.txt").read_text().strip()
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert [run.name.rpartition("-")[2] for run in runs] == [number] * 2
+    assert [row["step"] for row in writer.read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_wandb_that_is_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr(writer.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(config.ConfigError, match=r"pip install 'arcond_jax\[wandb\]'"):
+        writer.check_wandb()

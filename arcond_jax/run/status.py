@@ -1,0 +1,73 @@
+"""How a run is doing, read from its folder alone: while it runs, after it, from another machine."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from arcond_jax import build, checkpoint
+from arcond_jax.training import writer
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Of a run.
+
+    Attributes:
+      name: Of its config.
+      num_train_steps: Where it ends.
+      line: The last of its log, `step` among its names; empty before the first.
+      logged_at: When that was written, in seconds since 1970; None before the first.
+      checkpoints: Steps saved, and when.
+    """
+
+    name: str
+    num_train_steps: int
+    line: Mapping[str, Any]
+    logged_at: float | None
+    checkpoints: Mapping[int, float]
+
+    @property
+    def step(self) -> int:
+        """The last that is known of."""
+        return max([self.line.get("step", 0), *self.checkpoints])
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last step is saved."""
+        return self.num_train_steps in self.checkpoints
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate of the last line; None before there is one."""
+        rate = self.line.get("steps_per_second")
+        return (self.num_train_steps - self.step) / rate if rate else None
+
+
+def status(workdir: epath.PathLike) -> Status:
+    """Reads the config, the log and the names of the checkpoints of a run.
+
+    Raises:
+      build.ConfigError: No run is there.
+      ValueError: Its log or config is damaged.
+    """
+    workdir = epath.Path(workdir)
+    path = workdir / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        name, num_train_steps = config["name"], config["training"]["num_train_steps"]
+    except FileNotFoundError:
+        raise build.ConfigError(f"{workdir} holds no run: arcond train makes one") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: it is no config of a run") from None
+    log = workdir / "metrics.jsonl"
+    rows = writer.read_rows(log)
+    return Status(
+        name=name,
+        num_train_steps=num_train_steps,
+        line=rows[-1] if rows else {},
+        logged_at=float(log.stat().mtime) if rows else None,
+        checkpoints=checkpoint.steps_of(f"{workdir}/checkpoints"),
+    )
