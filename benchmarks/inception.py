@@ -50,7 +50,7 @@ def random_weights(path: pathlib.Path, seed: int) -> None:
         return laws.get(name, 0.05 * np.exp(0.2 * x))
 
     abstract = inception.abstract_params()
-    flat = flax.traverse_util.flatten_dict(abstract)
+    flat: dict[Any, Any] = flax.traverse_util.flatten_dict(abstract)
     params = {key: drawn(key[-1], x.shape).astype(np.float32) for key, x in flat.items()}
     params["fc", "kernel"] *= 300  # features differ little, and classes are to
     state = table.to_theirs(table_of.rows(abstract), flax.traverse_util.unflatten_dict(params))
@@ -76,7 +76,8 @@ def read(folder: pathlib.Path, made: inception.Inception) -> tuple[np.ndarray, n
     """Our features and logits of a folder."""
     paths = sorted(folder.iterdir())
     image = np.stack([np.asarray(images.open_image(path, num_channels=3)) for path in paths])
-    outputs = [made(image[i : i + BATCH_SIZE]) for i in range(0, len(image), BATCH_SIZE)]
+    lots = [image[i : i + BATCH_SIZE] for i in range(0, len(image), BATCH_SIZE)]
+    outputs = [jax.device_get(made(lot)) for lot in lots]
     features, logits = (np.concatenate([x[i] for x in outputs]) for i in range(2))
     return features, logits
 

@@ -154,6 +154,7 @@ def save(folder: epath.PathLike, params: types.Params, metadata: dict[str, Any])
     checkpoint.save_tree(f"{folder}/{FOLDER}", {"params": params}, metadata)
 
 
+@functools.cache
 def abstract_params() -> types.Params:
     """Shapes of the weights."""
     image = jax.ShapeDtypeStruct((1, network_lib.SIZE, network_lib.SIZE, 3), jnp.float32)

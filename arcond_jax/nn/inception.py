@@ -12,6 +12,7 @@ Sources: Szegedy et al. (2015), Rethinking the Inception Architecture; mseitzer/
 `src/pytorch_fid/inception.py`; toshas/torch-fidelity `feature_extractor_inceptionv3.py`.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -136,15 +137,24 @@ class Block(nn.Module):
     def _convolved(
         self, x: Maps, kernel: Array, stride: int = 1, padding: str = "VALID"
     ) -> NewMaps:
-        return jax.lax.conv_general_dilated(
+        kernel, float32 = kernel.astype(self.dtype), jnp.float32
+        if kernel.shape[:2] == POINT:
+            return jnp.dot(x, kernel[0, 0], precision="highest", preferred_element_type=float32)
+        # With no padding at all, XLA's convolutions take up to four times as long on a CPU: a row
+        # and a column more, which leave what is kept as it is.
+        y = jax.lax.conv_general_dilated(
             x,
-            kernel.astype(self.dtype),
+            kernel,
             (stride, stride),
-            padding,
+            padding if padding == "SAME" else [(0, 1), (0, 1)],
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision="highest",
-            preferred_element_type=jnp.float32,
+            preferred_element_type=float32,
         )
+        if padding == "SAME":
+            return y
+        rows, columns = ((x.shape[i] - kernel.shape[i - 1]) // stride + 1 for i in (1, 2))
+        return y[:, :rows, :columns]
 
     def _active(self, x: Maps, bias: Float[Array, " c"]) -> Maps:
         return jax.nn.relu(x + bias).astype(self.dtype)
@@ -270,11 +280,29 @@ class Logits(nn.Module):
         return jnp.dot(features, kernel, precision="highest")
 
 
+# By slices, which on a CPU take a third of the time of a window that is reduced.
+
+
 def average(x: Maps) -> Maps:
     """Mean of the 3x3 square around each position, of what is inside the image."""
-    return nn.avg_pool(x, SQUARE, (1, 1), "SAME", count_include_pad=False)
+    for axis in (1, 2):
+        size = x.shape[axis]
+        edges = [(int(i == axis),) * 2 for i in range(x.ndim)]
+        first, second, third = _slices(jnp.pad(x, edges), axis, size, 1)
+        inside = np.full(size, 3, x.dtype)
+        inside[[0, -1]] = 2
+        x = (first + second + third) / np.expand_dims(inside, [i for i in range(4) if i != axis])
+    return x
 
 
 def halved(x: Maps) -> NewMaps:
     """Maximum of every other 3x3 square."""
-    return nn.max_pool(x, SQUARE, (2, 2), "VALID")
+    for axis in (1, 2):
+        x = functools.reduce(jnp.maximum, _slices(x, axis, (x.shape[axis] - 1) // 2, 2))
+    return x
+
+
+def _slices(x: Array, axis: int, count: int, stride: int) -> list[Array]:
+    """The first, second and third of `count` triples that are `stride` apart."""
+    end = stride * (count - 1) + 1
+    return [jax.lax.slice_in_dim(x, i, i + end, stride, axis) for i in range(3)]
