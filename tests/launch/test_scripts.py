@@ -251,7 +251,8 @@ def test_a_signal_reaches_all_local_processes(tmp_path):
         text=True,
     )
     assert script.stdout.readline() == "ready\n"
-    while (tmp_path / "process_1.log").read_text() != "ready\n":
+    log = tmp_path / "process_1.log"
+    while not log.exists() or log.read_text() != "ready\n":
         time.sleep(0.05)
     script.terminate()
     script.communicate(timeout=60)
