@@ -225,7 +225,7 @@ def test_changing_the_refinement_keeps_what_both_kinds_have():
 
 WRONG_OVERRIDES = {
     "model.dept=3": r"unknown config key model\.dept: did you mean model\.depth\?",
-    "qqqqqq=3": r"unknown config key qqqqqq: sections are data, diffusion_head, loss, mesh, model",
+    "qqqqqq=3": r"unknown config key qqqqqq: sections are data, diffusion_head, evaluation, loss",
     "model=3": r"unknown config key model: did you mean ",
     "model.depth.more=3": r"unknown config key model\.depth\.more: did you mean model\.depth\?",
     "model.depth=three": r"config key model\.depth wants int, not 'three'",

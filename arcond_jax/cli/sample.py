@@ -92,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
     for path in (args.out, args.png):
         if path is not None:
             atomic.check(path)
-    if args.out.exists() and not args.out.is_file():
+    here = pathlib.Path(args.out)  # what a bucket holds is always a file
+    if "://" not in str(args.out) and here.exists() and not here.is_file():
         raise build.ConfigError(f"--out {args.out} is no regular file: name one")
     if args.png_dir is not None and args.png_dir.exists() and not _is_empty(args.png_dir):
         raise build.ConfigError(f"--png_dir {args.png_dir} is there already: give a new folder")

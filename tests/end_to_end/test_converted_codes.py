@@ -109,7 +109,7 @@ def test_weights_are_sampled_with_their_preset(family, converted, tmp_path):
     call(["sample", "--checkpoint", converted / family, "--out", out, "--num_images", 3])
     drawn = samples.read_samples(out)
     assert drawn.image_uint8.shape == (3, 8, 8, 3)
-    assert drawn.metadata["sampling"] == PRESETS[family]
+    assert drawn.metadata["sampling"] == {**PRESETS[family], "labels": "balanced"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,7 +24,7 @@ from arcond_jax import config as config_lib
 from arcond_jax.build import saved as saved_lib
 from arcond_jax.cli import main
 from arcond_jax.run import drawing, exclusive, initial, refinement, restoring, training
-from arcond_jax.training import loop, writer
+from arcond_jax.training import loop, rates, writer
 from arcond_jax.training import state as state_lib
 from arcond_jax.transport import refiners
 
