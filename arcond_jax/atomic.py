@@ -65,7 +65,7 @@ def check(path: epath.PathLike) -> None:
     Raises:
       OSError: Its folder is missing or cannot be written to, or `path` itself is a folder.
     """
-    if _in_bucket(path) or _is_special(path):
+    if _in_bucket(path) or is_special(path):
         return
     place = pathlib.Path(path).resolve()
     parent = place.parent
@@ -78,6 +78,17 @@ def check(path: epath.PathLike) -> None:
 
 
 @contextlib.contextmanager
+def named(path: epath.PathLike) -> Iterator[None]:
+    """An OSError of the block becomes one line that names `path`; a `ReadError` stays as it is."""
+    try:
+        yield
+    except ReadError:
+        raise
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def file(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """Opens a file to write bytes to; it is at `path` once the block has ended without an error.
 
@@ -87,12 +98,12 @@ def file(path: epath.PathLike) -> Iterator[IO[bytes]]:
     Raises:
       OSError: In one line that names `path`; a `ReadError` of the block stays as it is.
     """
-    try:
+    with named(path):
         if _in_bucket(path):
             with epath.Path(path).open("wb") as opened:
                 yield opened
             return
-        if os.path.isdir(path) or _is_special(path):
+        if os.path.isdir(path) or is_special(path):
             with open(path, "wb") as opened:
                 yield opened
             return
@@ -103,10 +114,6 @@ def file(path: epath.PathLike) -> Iterator[IO[bytes]]:
                 yield opened
             os.chmod(temporary, 0o666 & ~UMASK)
             os.replace(temporary, target)
-    except ReadError:
-        raise
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
@@ -125,22 +132,20 @@ def folder(path: epath.PathLike) -> Iterator[pathlib.Path]:
       OSError: In one line that names `path`; there already is something but an empty folder.
     """
     target = pathlib.Path(path).resolve()
-    try:
+    with named(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
         with unfinished(temporary):
             yield temporary
             temporary.chmod(0o777 & ~UMASK)
             temporary.rename(target)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _in_bucket(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def _is_special(path: epath.PathLike) -> bool:
+def is_special(path: epath.PathLike) -> bool:
     """A pipe, a terminal, a device."""
     return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 

@@ -3,9 +3,10 @@
 import argparse
 import dataclasses
 import logging
-import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
+
+from etils import epath
 
 from arcond_jax import atomic, build
 from arcond_jax.cli import paths
@@ -33,17 +34,17 @@ Without --inception a small classifier reads the images, which is trained and ke
 the first time: its numbers are no FID. FID is said of 50,000 images alone, and FID-10k of 10,000.
 The card is printed, and written as JSON beside the samples or to --out."""
 
-LABELS = ("balanced", "drawn")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=paths.file, help=".npz, or a folder of images")
+    parser.add_argument("--samples", type=paths.place, help=".npz, or a folder of images")
     parser.add_argument("--checkpoint", type=paths.folder, help="a workdir")
     parser.add_argument("--num_images", type=int, help="draw so many from the checkpoint")
-    parser.add_argument("--labels", choices=LABELS, help="of what is drawn; default: balanced")
+    parser.add_argument(
+        "--labels", choices=evaluating.LABELS, help="of what is drawn; default: balanced"
+    )
     parser.add_argument("--seed", type=int, help="of what is drawn; default: 0")
     parser.add_argument("--batch_size", type=int, help="drawn at a time; default: by memory")
-    parser.add_argument("--reference", type=paths.file, help=".npz, or a folder of images")
+    parser.add_argument("--reference", type=paths.place, help=".npz, or a folder of images")
     add_network_arguments(parser)
     parser.add_argument(
         "--distances",
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a Frechet distance though images are fewer than features",
     )
-    parser.add_argument("--out", type=paths.file, help="default: .card.json beside the samples")
+    parser.add_argument("--out", type=paths.place, help="default: .card.json beside the samples")
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +190,7 @@ class _Set:
     num_classes: int | None = None
 
 
-def _given(path: pathlib.Path) -> _Set:
+def _given(path: epath.Path) -> _Set:
     """A file or folder of images, and how they were made where the file says so."""
     if path.is_dir():
         return _Set(image_sets.Folder(path), {})

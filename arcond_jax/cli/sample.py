@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one_class.add_argument("--class_name", "--class-name", help="the same by its name")
     one_class.add_argument(
         "--labels",
-        choices=("balanced", "drawn"),
+        choices=evaluating.LABELS,
         default="balanced",
         help="classes in turn, or each drawn with the seed; default: balanced",
     )
@@ -92,8 +92,7 @@ def main(args: argparse.Namespace) -> None:
     for path in (args.out, args.png):
         if path is not None:
             atomic.check(path)
-    here = pathlib.Path(args.out)  # what a bucket holds is always a file
-    if "://" not in str(args.out) and here.exists() and not here.is_file():
+    if atomic.is_special(args.out):
         raise build.ConfigError(f"--out {args.out} is no regular file: name one")
     if args.png_dir is not None and args.png_dir.exists() and not _is_empty(args.png_dir):
         raise build.ConfigError(f"--png_dir {args.png_dir} is there already: give a new folder")

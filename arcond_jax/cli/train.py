@@ -76,8 +76,7 @@ def main(args: argparse.Namespace) -> int:
         show=show,
         start_from=start_from,
         restart_from=args.restart_from,
-        watch=training.Watch(args.wandb, args.profile),
-        stall_minutes=args.stall_minutes,
+        watch=training.Watch(args.wandb, args.profile, args.stall_minutes),
     )
     print(f"{'complete' if complete else 'stopped and saved'}: {workdir}")
     return 0 if complete else failing.STOPPED

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int, UInt8
 
 from arcond_jax import digest
@@ -61,7 +62,7 @@ class Array:
         return self._image_uint8[rows]
 
 
-class Npz:
+class Npz(Array):
     """The images of an npz file: samples, of this package or of guided-diffusion, or a reference.
 
     Raises:
@@ -70,36 +71,30 @@ class Npz:
     """
 
     def __init__(self, path: str | os.PathLike, *, what: str = "samples file") -> None:
-        self._rows = npz.Rows(path, samples.IMAGES, samples.IMAGES_BEFORE, what=what)
-        shape, dtype = self._rows.shape, self._rows.dtype
+        names = (samples.IMAGES, samples.IMAGES_BEFORE)
+        image_uint8 = npz.read(path, names, what=what)[names[0]]
+        shape, dtype = image_uint8.shape, image_uint8.dtype
         if dtype != np.uint8 or len(shape) != 4:
             raise ValueError(
                 f"{path}: images must be uint8 [n, height, width, channels], got {dtype} "
                 f"{list(shape)}."
             )
-        self.image_shape = tuple(shape[1:])
-        check_square(self.image_shape, where=str(path))
+        check_square(shape[1:], where=str(path))
         held = npz.names_in(path, what=what)
-        named = [name for name in LABELS if name in held]
-        self.label = None
-        if named:
-            self.label = npz.read(path, named[0], what=what)[named[0]]
-            if self.label.shape != shape[:1] or not np.issubdtype(self.label.dtype, np.integer):
+        label = None
+        if named := [name for name in LABELS if name in held]:
+            label = npz.read(path, named[0], what=what)[named[0]]
+            if label.shape != shape[:1] or not np.issubdtype(label.dtype, np.integer):
                 raise ValueError(
                     f"{path}: {shape[0]} images need as many integer labels, got "
-                    f"{self.label.dtype} {list(self.label.shape)}."
+                    f"{label.dtype} {list(label.shape)}."
                 )
-        self.facts: dict[str, Setting] = {
+        facts: dict[str, Setting] = {
             "file": os.fspath(path),
             "sha256": sha256(path),
             "image conversion": "none, uint8 in the file",
         }
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, rows: slice) -> UInt8[np.ndarray, "rows height width channels"]:
-        return self._rows[rows]
+        super().__init__(image_uint8, label, facts)
 
 
 class Folder:
@@ -200,8 +195,9 @@ def check_square(image_shape: tuple[int, ...], *, where: str) -> None:
 
 def sha256(path: str | os.PathLike) -> str:
     """Of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with epath.Path(path).open("rb") as file:
+        digested = hashlib.file_digest(file, "sha256")  # pyright: ignore[reportArgumentType]
+    return digested.hexdigest()
 
 
 def cropped(image_size: int | None, resize: str = "adm") -> dict[str, Setting]:

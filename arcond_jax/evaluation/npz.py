@@ -3,6 +3,7 @@
 Arrays larger than memory are written in pieces, and mapped where they are read.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -11,7 +12,7 @@ import struct
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -105,6 +106,32 @@ def read(
       ValueError: Not an npz file, a damaged one, one without a wanted array, or with an array that
         is encrypted, holds objects, or is not what its header says; always in one line.
     """
+    with _opened(path, what) as archive:
+        held = _names(archive)
+        asked = [(name,) if isinstance(name, str) else name for name in names]
+        wanted = {each[0]: [name for name in each if name in held] for each in asked}
+        missing = sorted(name for name, found in wanted.items() if not found)
+        if missing:
+            raise ValueError(f"{path} is not a {what}: it lacks {', '.join(missing)}.")
+        arrays = {}
+        for name, found in wanted.items():
+            try:
+                arrays[name] = _member(archive, f"{found[0]}.npy")
+            except Exception as error:  # zlib and the parser of headers raise what they like
+                raise ValueError(
+                    f"{path} is not a whole {what}: {_line(error)} ({found[0]})."
+                ) from None
+        return arrays
+
+
+def names_in(path: str | os.PathLike, *, what: str) -> frozenset[str]:
+    """Names of the arrays of an npz file; errors as of `read`."""
+    with _opened(path, what) as archive:
+        return _names(archive)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike, what: str) -> Iterator[zipfile.ZipFile]:
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such {what}.")
@@ -116,86 +143,11 @@ def read(
             archive = zipfile.ZipFile(file)
         except Exception as error:  # zipfile raises what it likes for damaged files
             raise ValueError(f"{path} is not a whole {what}: {_line(error)}.") from None
-        held = set(archive.namelist())
-        asked = [(name,) if isinstance(name, str) else name for name in names]
-        wanted = {each[0]: [name for name in each if f"{name}.npy" in held] for each in asked}
-        missing = sorted(name for name, found in wanted.items() if not found)
-        if missing:
-            raise ValueError(f"{path} is not a {what}: it lacks {', '.join(missing)}.")
-        arrays = {}
-        for name, found in wanted.items():
-            try:
-                arrays[name] = _member(archive, f"{found[0]}.npy")
-            except Exception as error:  # so do zlib and the parser of headers
-                raise ValueError(
-                    f"{path} is not a whole {what}: {_line(error)} ({found[0]})."
-                ) from None
-        return arrays
+        yield archive
 
 
-class Rows:
-    """An array of an npz file of which a few rows are read at a time, best in their order.
-
-    Attributes:
-      name: Of the array.
-      shape: Of the whole of it.
-    """
-
-    def __init__(self, path: str | os.PathLike, *names: str, what: str) -> None:
-        """Opens the first of `names` that is there.
-
-        Raises:
-          FileNotFoundError: Nothing is there.
-          ValueError: As of `read`, or the array has no rows that lie one after another.
-        """
-        self._path, self._what = path, what
-        held = names_in(path, what=what)
-        found = [name for name in names if name in held]
-        if not found:
-            raise ValueError(f"{path} is not a {what}: it lacks {' or '.join(names)}.")
-        self.name = found[0]
-        self._archive = zipfile.ZipFile(path)
-        try:
-            info = self._archive.getinfo(f"{self.name}.npy")
-            self._file = self._archive.open(info)
-            self.shape, fortran_order, self.dtype = _header(self._file, info)
-            if fortran_order or not self.shape:
-                raise ValueError("its rows do not lie one after another")
-        except Exception as error:
-            raise self._damaged(error) from None
-        self._start = self._file.tell()
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(len(self))
-        count, row = max(stop - start, 0), math.prod(self.shape[1:]) * self.dtype.itemsize
-        try:
-            self._file.seek(self._start + start * row)
-            data = self._file.read(count * row)
-            array = np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
-        except Exception as error:
-            raise self._damaged(error) from None
-        return array.astype(self.dtype.newbyteorder("="), copy=False)
-
-    def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(
-            f"{self._path} is not a whole {self._what}: {_line(error)} ({self.name})."
-        )
-
-
-def names_in(path: str | os.PathLike, *, what: str) -> frozenset[str]:
-    """Names of the arrays of an npz file; errors as of `read`."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such {what}.")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a whole {what}: truncated, or of another kind.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except Exception as error:  # zipfile raises what it likes for damaged files
-        raise ValueError(f"{path} is not a whole {what}: {_line(error)}.") from None
+def _names(archive: zipfile.ZipFile) -> frozenset[str]:
+    names = archive.namelist()
     return frozenset(name.removesuffix(".npy") for name in names if name.endswith(".npy"))
 
 
@@ -216,8 +168,7 @@ def whole_number(array: np.ndarray, *, where: str, at_least: int = 0) -> int:
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """One array; raises whatever zipfile, zlib and numpy raise, and ValueError for a wrong size."""
     info = archive.getinfo(name)
-    assert archive.fp is not None  # it was not closed
-    if info.compress_size > archive.fp.seek(0, os.SEEK_END):
+    if info.compress_size > _file(archive).seek(0, os.SEEK_END):
         raise ValueError("its size is larger than the file")
     if info.file_size > max(INFLATED, MAX_INFLATION * info.compress_size):
         raise ValueError(f"{info.compress_size} bytes would inflate to {info.file_size}")
@@ -242,8 +193,10 @@ def _on_disk(
     """A file that holds the rest of a member as it is, and from where on; its checksum is right."""
     start = member.tell()
     # What is compressed, or in a bucket, cannot be mapped where it lies.
-    stored = info.compress_type == zipfile.ZIP_STORED and isinstance(archive.fp, io.BufferedReader)
-    place = _opened(archive) if stored else tempfile.TemporaryFile()  # noqa: SIM115  # is mapped
+    stored = info.compress_type == zipfile.ZIP_STORED and isinstance(
+        _file(archive), io.BufferedReader
+    )
+    place = _file(archive) if stored else tempfile.TemporaryFile()  # noqa: SIM115  # is mapped
     count = 0
     while data := member.read(PIECE):
         count += len(data)
@@ -260,7 +213,7 @@ def _start_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
 
     Source: PKWARE, APPNOTE.TXT, 4.3.7.
     """
-    file = _opened(archive)
+    file = _file(archive)
     file.seek(info.header_offset + 26)
     return info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
 
@@ -282,7 +235,7 @@ def _header(
     return shape, fortran_order, dtype
 
 
-def _opened(archive: zipfile.ZipFile) -> IO[bytes]:
+def _file(archive: zipfile.ZipFile) -> IO[bytes]:
     assert archive.fp is not None  # it was not closed
     return archive.fp
 

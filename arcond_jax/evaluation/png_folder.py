@@ -1,15 +1,14 @@
 """Folders of one PNG file an image, as torch-fidelity, pytorch-fid and clean-fid read them."""
 
-import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
+from arcond_jax import atomic
 from arcond_jax.data import pipeline
 from arcond_jax.evaluation import part
 
@@ -42,7 +41,7 @@ class PngFolder:
         Raises:
           OSError: In one line that names the folder.
         """
-        with self._named():
+        with atomic.named(self._path):
             if self._there is None:
                 self._there = self._begin()
             there = self._there
@@ -72,14 +71,7 @@ class PngFolder:
         Raises:
           OSError: There is something by now.
         """
-        with self._named():
+        with atomic.named(self._path):
             for path in self._part.glob(f"{MARK}*"):
                 path.unlink()
             self._part.rename(self._path)
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(f"{self._path} cannot be written: {error.strerror or error}") from error

@@ -19,6 +19,7 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int
 
@@ -125,7 +126,7 @@ def read(
       FileNotFoundError, ValueError: Nothing is there; no reference or a damaged one; made with
         another network, other weights or another preprocessing; or its images cannot be read.
     """
-    if os.path.isdir(path):
+    if epath.Path(path).is_dir():
         return measure(image_sets.Folder(path), extractor, mesh=mesh)
     held = npz.names_in(path, what=WHAT)
     if "card" in held:

@@ -11,10 +11,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-)
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float
 
@@ -78,6 +74,12 @@ def splash(
 
     Source: Dao et al. (2022), "FlashAttention"; `jax.experimental.pallas.ops.tpu`.
     """
+    # Here, since few programs have it: Pallas takes a tenth of a second.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
     length = queries.shape[1]
     size = _padded(length)
     if is_causal:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -125,6 +125,7 @@ def reference(config: build.Config, workdir: epath.PathLike) -> card.Reference:
 
 
 Labels = Literal["balanced", "drawn"]
+LABELS: tuple[Labels, ...] = get_args(Labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,10 +196,15 @@ def drawn(
     *,
     seed: int,
     batch_size: int | None = None,
+    prompt: types.Prompt | None = None,
 ) -> Iterator[tuple[UInt8[np.ndarray, "size height width channels"], Int[np.ndarray, " size"]]]:
-    """Images of a model and their classes, batch by batch, for `scoring.score`."""
-    start = 0
-    for image_uint8, _ in drawer.batches(refiner, label, seed=seed, batch_size=batch_size):
+    """Images of a model and their classes, batch by batch, for `scoring.score`.
+
+    Args:
+      prompt: What the images are of; None for the labels.
+    """
+    start, prompt = 0, label if prompt is None else prompt
+    for image_uint8, _ in drawer.batches(refiner, prompt, seed=seed, batch_size=batch_size):
         yield image_uint8, label[start : start + len(image_uint8)]
         start += len(image_uint8)
 

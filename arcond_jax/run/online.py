@@ -155,12 +155,12 @@ class Scores:
     def _drawn(
         self, told: Callable[[], bool]
     ) -> Iterator[tuple[UInt8[np.ndarray, "b height width channels"], Int[np.ndarray, " b"]]]:
-        start = 0
-        for image_uint8, _ in self._drawer.batches(refiners.Identity(), self._prompt, seed=SEED):
+        for batch in evaluating.drawn(
+            self._drawer, refiners.Identity(), self._label, seed=SEED, prompt=self._prompt
+        ):
             if told():
                 raise _StoppedError("the run is told to stop")
-            yield image_uint8, self._label[start : start + len(image_uint8)]
-            start += len(image_uint8)
+            yield batch
 
 
 class Best:

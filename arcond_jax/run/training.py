@@ -38,10 +38,12 @@ class Watch:
     Attributes:
       wandb_project: Of Weights & Biases, where its numbers go too.
       profile: Steps of which a trace is written.
+      stall_minutes: Ends the process, as `stalling.watched` does, when no step ended for so long.
     """
 
     wandb_project: str | None = None
     profile: profiling.Span | None = None
+    stall_minutes: float | None = None
 
 
 Images = UInt8[np.ndarray, "n height width channels"]
@@ -56,7 +58,6 @@ def train(
     start_from: initial_lib.Initial | None = None,
     restart_from: int | None = None,
     watch: Watch | None = None,
-    stall_minutes: float | None = None,
 ) -> bool:
     """Trains to `training.num_train_steps`, from the last checkpoint in `workdir` if there is one.
 
@@ -66,7 +67,6 @@ def train(
       start_from: Weights that a fresh run starts with.
       restart_from: Step of an earlier checkpoint to go on from; later ones are removed.
       watch: How it is looked at, beside its log in `workdir`.
-      stall_minutes: Ends the process, as `stalling.watched` does, when no step ended for so long.
 
     Returns:
       Whether the run is complete; False if it was told to stop (SIGTERM, SIGINT or SIGHUP), with
@@ -98,7 +98,7 @@ def train(
     with (
         stopping.Stop() as stop,
         exclusive.only_run(workdir),
-        stalling.watched(stall_minutes),
+        stalling.watched(watch.stall_minutes),
         checkpoint.Checkpoints(
             f"{workdir}/checkpoints",
             every=settings.checkpoint_every,

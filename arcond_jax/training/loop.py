@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import clu.metrics
@@ -131,13 +131,7 @@ def train(
                     writer.flush()
                 progress.set_postfix(loss=f"{scalars['loss']:.4f}")
                 if is_first and progress.disable:
-                    left = (num_train_steps - step) / scalars["steps_per_second"] / 60
-                    with contextlib.suppress(OSError):  # nobody reads it any more
-                        print(
-                            f"step {step}/{num_train_steps}  loss {scalars['loss']:.4f}"
-                            f"  {left:.0f} min left",
-                            flush=True,
-                        )
+                    _say(step, num_train_steps, scalars)
             if intervals.samples and step % intervals.samples == 0:
                 draw_samples(step, state)
             if step % intervals.checkpoint == 0 and step < num_train_steps:
@@ -154,6 +148,13 @@ def train(
     if int(state.skipped):
         logging.warning("%d of %d updates were skipped: gradients not finite", state.skipped, step)
     return state
+
+
+def _say(step: int, num_train_steps: int, scalars: Mapping[str, float]) -> None:
+    left = (num_train_steps - step) / scalars["steps_per_second"] / 60
+    line = f"step {step}/{num_train_steps}  loss {scalars['loss']:.4f}  {left:.0f} min left"
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(line, flush=True)
 
 
 def _check_not_diverged(skipped: jax.Array | int, step: int, workdir: epath.PathLike) -> None:

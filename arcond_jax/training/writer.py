@@ -1,11 +1,10 @@
 """Where numbers go while a run is under way: lines of JSON; TensorBoard, Weights & Biases."""
 
-import contextlib
 import importlib.util
 import json
 import math
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
@@ -47,23 +46,16 @@ class JsonLines:
         values = {
             name: float(x) if math.isfinite(x) else None for name, x in sorted(scalars.items())
         }
-        with self._named():
+        with atomic.named(self._path):
             self._file.write(json.dumps({"step": step} | values) + "\n")
 
     def flush(self) -> None:
-        with self._named():
+        with atomic.named(self._path):
             self._file.flush()
 
     def close(self) -> None:
-        with self._named():
+        with atomic.named(self._path):
             self._file.close()
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(f"{self._path} cannot be written: {error.strerror or error}") from error
 
 
 def read_rows(path: epath.PathLike) -> list[dict]:

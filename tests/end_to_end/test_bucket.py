@@ -81,6 +81,8 @@ def test_it_is_calibrated_and_sampled_there(run, capsys):
     assert f"4 images: {out}" in capsys.readouterr().out
     assert samples.read_samples(out).image_uint8.shape == (4, 8, 8, 1)
     assert epath.Path(sheet).read_bytes().startswith(b"\x89PNG")
+    assert main.main(["evaluate", "--samples", out, "--checkpoint", str(run)]) == 0
+    assert json.loads(epath.Path("gs://bucket/drawn.card.json").read_text())["measurements"]
 
 
 def test_a_first_checkpoint_that_was_never_whole_is_begun_again(impatient):

@@ -1,10 +1,6 @@
 """What processes hold, fetch and agree on: two of them, with four CPU devices each."""
 
-import os
-import re
-import socket
-import subprocess
-import sys
+import hosts
 
 TOGETHER = """
 import argparse
@@ -56,29 +52,8 @@ print("done")
 """
 
 
-def run(*arguments):
-    """Exit codes, outputs and errors of both."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{opened.getsockname()[1]}"
-    count = r"(--xla_force_host_platform_device_count)=\d+"
-    flags = re.sub(count, r"\1=4", os.environ["XLA_FLAGS"])
-    there = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TOGETHER, *map(str, arguments)],
-            env={**os.environ, **there, "JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    said = [process.communicate(timeout=900) for process in both]
-    return [process.returncode for process in both], *zip(*said, strict=True)
-
-
 def test_what_they_hold_fetch_and_agree_on(tmp_path):
-    codes, outputs, errors = run(tmp_path / "tree")
+    started = hosts.start(tmp_path / "tree", program=("-c", TOGETHER))
+    codes, outputs, errors = hosts.ended(started)
     assert codes == [0, 0], errors
     assert outputs[0].endswith("done\n") and "done" not in outputs[1]

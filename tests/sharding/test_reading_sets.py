@@ -1,12 +1,8 @@
 """Two processes of four devices read a set as one process does: sums in another order, no more."""
 
-import os
 import pathlib
-import re
-import socket
-import subprocess
-import sys
 
+import hosts
 import jax
 import numpy as np
 import pytest
@@ -76,25 +72,10 @@ def test_two_processes_are_as_one(tmp_path, monkeypatch):
         inception_score=whole.inception_score,
         class_accuracy=whole.class_accuracy,
     )
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{opened.getsockname()[1]}"
-    count = r"(--xla_force_host_platform_device_count)=\d+"
-    flags = re.sub(count, r"\1=4", os.environ["XLA_FLAGS"])
-    there = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", READ, TOYS, tmp_path / "whole.npz"],
-            env={**os.environ, **there, "JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    said = [process.communicate(timeout=900) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert said[0][0].endswith("done\n")
+    started = hosts.start(TOYS, tmp_path / "whole.npz", program=("-c", READ))
+    codes, outputs, errors = hosts.ended(started)
+    assert codes == [0, 0], errors
+    assert outputs[0].endswith("done\n")
 
 
 @pytest.mark.slow

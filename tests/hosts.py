@@ -1,4 +1,4 @@
-"""Commands as several processes of this machine, each with its part of the devices."""
+"""Programs as several processes of this machine, each with its part of the devices."""
 
 import os
 import re
@@ -20,10 +20,11 @@ def free_port():
         return opened.getsockname()[1]
 
 
-def start(*arguments, count=2, devices=None, numbers=None):
-    """The processes of one command.
+def start(*arguments, program=("-m", "arcond_jax"), count=2, devices=None, numbers=None):
+    """The processes of one program.
 
     Args:
+      program: What Python runs; by default a command.
       count: How many there are.
       devices: CPU devices of each; None for its part of eight.
       numbers: Those that are started; None for all.
@@ -34,7 +35,7 @@ def start(*arguments, count=2, devices=None, numbers=None):
     there = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "arcond_jax", *map(str, arguments)],
+            [sys.executable, *program, *map(str, arguments)],
             env={**os.environ, "XLA_FLAGS": flags, **there, "JAX_PROCESS_ID": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
