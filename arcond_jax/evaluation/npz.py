@@ -235,7 +235,7 @@ def _header(
     return shape, fortran_order, dtype
 
 
-def _file(archive: zipfile.ZipFile) -> IO[bytes]:
+def _file(archive: zipfile.ZipFile) -> Any:
     assert archive.fp is not None  # it was not closed
     return archive.fp
 
