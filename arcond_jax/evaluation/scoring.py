@@ -152,15 +152,7 @@ def names(
     extractor: features_lib.Features, count: int, measurements: Mapping[str, float]
 ) -> dict[str, str]:
     """What each number is called."""
-    how = ""
-    if not isinstance(extractor, inception.Inception):
-        marks = {"": "Frechet distance", "s": "spatial Frechet distance", "k": "kernel distance"}
-        score_name, how = "inception score of these logits", " (not FID: other features)"
-    elif not extractor.published:
-        marks = {"": "Frechet distance", "s": "spatial Frechet distance", "k": "kernel distance"}
-        how = f" (not FID: weights of sha256 {extractor.sha256[:SHOWN]})"
-        score_name = "inception score of these weights"
-    else:
+    if isinstance(extractor, inception.Inception) and extractor.published:
         few = "" if count == OFFICIAL_COUNT else f"-{_short(count)}"
         marks, score_name = {"": f"FID{few}", "s": f"sFID{few}", "k": "KID"}, "Inception Score"
         different = [
@@ -172,10 +164,18 @@ def names(
             if value != usual
         ]
         how = f" ({', '.join(different)})" if different else ""
+        score_name += how
+    else:
+        marks = {"": "Frechet distance", "s": "spatial Frechet distance", "k": "kernel distance"}
+        why, score_name = "other features", "inception score of these logits"
+        if isinstance(extractor, inception.Inception):
+            why = f"weights of sha256 {extractor.sha256[:SHOWN]}"
+            score_name = "inception score of these weights"
+        how = f" (not FID: {why})"
     called = {
         "frechet_distance": marks[""] + how,
         "spatial_frechet_distance": marks["s"] + how.replace("not FID", "not sFID"),
-        "inception_score": score_name + (how if "not FID" not in how else ""),
+        "inception_score": score_name,
         "precision": "precision",
         "recall": "recall",
         "kernel_distance": marks["k"] + how.replace("not FID", "not KID"),
