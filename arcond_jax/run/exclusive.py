@@ -1,4 +1,4 @@
-"""One training run in a working directory at a time.
+"""One training run in a working directory at a time, and one that draws a file.
 
 On a file system the kernel holds the lock of a process, and lets go of it when the process ends in
 whatever way: no lock is ever stale. In a bucket there are no locks. There a file says whose the
@@ -20,7 +20,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from arcond_jax import atomic, build
+from arcond_jax import atomic, build, caches, digest
+from arcond_jax.evaluation import part
 from arcond_jax.training import stopping
 
 BEAT = 20.0  # seconds between two changes of the file in a bucket
@@ -45,6 +46,36 @@ def only_run(workdir: epath.Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def only_drawing(path: str | os.PathLike) -> Iterator[None]:
+    """Holds a file of samples or a sweep against a second run; of several processes the first.
+
+    The lock lies in the user's caches, so that nothing is left beside it; of two users or machines
+    whose caches are not the same one does not see the other.
+
+    Raises:
+      build.ConfigError: Another run is drawing it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = caches.folder("drawing")
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"{digest.of_json(str(part.path_of(path)))[:16]}.lock"
+            holder = stack.enter_context(_locked(folder / name))
+        except (OSError, RuntimeError) as error:  # no home, or a full one
+            logging.warning("%s cannot be locked against a second run: %s", path, error)
+            holder = None
+        if holder is not None:
+            raise build.ConfigError(
+                f"another run is drawing {path} ({holder}): wait for its end, stop it, or name "
+                "another"
+            )
+        yield
+
+
 def _refused(workdir: epath.Path, holder: str) -> build.ConfigError:
     return build.ConfigError(
         f"another run is training in {workdir} ({holder}): wait for its end, stop it, or use "
@@ -54,24 +85,34 @@ def _refused(workdir: epath.Path, holder: str) -> build.ConfigError:
 
 @contextlib.contextmanager
 def _on_disk(workdir: epath.Path) -> Iterator[None]:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        # Open for writing: over NFS a lock needs that.
-        descriptor = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise build.ConfigError(
-            f"Cannot write to {workdir} ({error.strerror}): use another workdir"
-        ) from None
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            holder = stack.enter_context(_locked(workdir / LOCK))
+        except OSError as error:
+            raise build.ConfigError(
+                f"Cannot write to {workdir} ({error.strerror}): use another workdir"
+            ) from None
+        if holder is not None:
+            raise _refused(workdir, holder)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: os.PathLike) -> Iterator[str | None]:
+    """Gives the other holder of a lock, or None and the lock itself for as long as it is open."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # over NFS a lock needs writing
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _refused(workdir, os.read(descriptor, 1000).decode(errors="replace")) from None
+            yield os.read(descriptor, 1000).decode(errors="replace")
+            return
         except OSError as error:
-            logging.warning("%s cannot be locked against a second run: %s", workdir, error.strerror)
+            logging.warning("%s cannot be locked against a second run: %s", path, error.strerror)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, _me().encode(), 0)
-        yield
+        yield None
     finally:
         os.close(descriptor)
 

@@ -188,18 +188,19 @@ class Best:
         settings = trained.config.evaluation.to_dict()
         del settings["every"]
         self._settings = settings
-        self._value = self._remembered(trained.step)
+        self._values = self._remembered(trained.step)
 
-    def _remembered(self, step: int) -> float | None:
+    def _remembered(self, step: int) -> dict[int, float]:
+        """Values by step, of one checkpoint, or two if a process was killed as one replaced it."""
+        there = checkpoint.steps_of(f"{self._folder}/checkpoints")
         try:
             record = json.loads((self._folder / RECORD).read_text())
-            there = record["step"] in checkpoint.steps_of(f"{self._folder}/checkpoints")
             comparable = record["evaluation"] == self._settings
-            value = float(record["value"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        # A later one is of steps that this run takes again, or otherwise than before.
-        return value if there and comparable and record["step"] <= step else None
+            values = {int(name): float(x) for name, x in record["values"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+        # Later ones are of steps that this run takes again, or otherwise than before.
+        return {at: x for at, x in values.items() if comparable and at in there and at <= step}
 
     def offer(self, step: int, state: state_lib.TrainState, value: float) -> bool:
         """Keeps the checkpoint if it is the best; returns whether it is.
@@ -207,14 +208,18 @@ class Best:
         Raises:
           checkpoint.CheckpointError: It cannot be written.
         """
-        better = self._value is None or value < self._value
+        before = min(self._values.items(), key=lambda x: x[1], default=None)
+        better = before is None or value < before[1]
         # Two machines may not come to the same number to the last bit.
         if not processes.anywhere(better) or int(state.skipped_in_a_row):
             return False
-        self._value = value
+        self._values = {step: value} if before is None else {before[0]: before[1], step: value}
         restoring.keep_tokenizer(self._folder, self._tokenizer)
         with checkpoint.Checkpoints(f"{self._folder}/checkpoints", every=1, keep=1) as kept:
             kept.remove_after(step - 1)
+            if processes.is_first():  # before the checkpoint: of none of them the value is unknown
+                self._write(RECORD, {"values": self._values, "evaluation": self._settings})
+                self._write("config.json", self._config)
             kept.save(
                 step,
                 state=state,
@@ -223,9 +228,6 @@ class Best:
                 config=self._config,
                 force=True,
             )
-        if processes.is_first():
-            self._write(RECORD, {"step": step, "value": value, "evaluation": self._settings})
-            self._write("config.json", self._config)
         return True
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from arcond_jax import config as config_lib
 from arcond_jax import digest, types
 from arcond_jax.evaluation import npz, part, png_folder, samples
 from arcond_jax.parallel import processes
-from arcond_jax.run import drawing, restoring
+from arcond_jax.run import drawing, exclusive, restoring
 from arcond_jax.run import progress as progress_lib
 from arcond_jax.sampling import mar as mar_sampling
 from arcond_jax.transport import refiners
@@ -75,14 +75,14 @@ def draw(
       The first images; None in all processes but the first.
 
     Raises:
-      build.ConfigError: A label is not a class.
+      build.ConfigError: A label is not a class, or another run is drawing the file.
       drawing.NotFiniteError: Of some image a pixel is not a finite number.
       OSError: Something cannot be written.
       ValueError: Beside `path` lie unfinished images of other settings.
     """
     made_from = settings(drawer.trained, wanted)  # with several processes all have to ask
     num_rows = len(wanted.label)
-    with _Kept(path, made_from, png_dir) as kept:
+    with exclusive.only_drawing(path), _Kept(path, made_from, png_dir) as kept:
         done, batch_size = kept.before()
         progress = progress_lib.Progress(num_rows, done=done, shown=processes.is_first())
         batches = drawer.batches(

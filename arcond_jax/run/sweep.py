@@ -21,7 +21,7 @@ from arcond_jax import config as config_lib
 from arcond_jax.evaluation import frechet, jackknife, scoring, summary
 from arcond_jax.evaluation import reference as reference_lib
 from arcond_jax.parallel import processes
-from arcond_jax.run import drawing, evaluating, refinement, restoring, sample_file
+from arcond_jax.run import drawing, evaluating, exclusive, refinement, restoring, sample_file
 
 TABLE = "sweep.json"
 KEPT = 2  # one of so many cells stays after a round of successive halving
@@ -225,7 +225,7 @@ class Sweep:
           All cells; None in all processes but the first.
 
         Raises:
-          ValueError: Fewer images than features.
+          ValueError: Fewer images than features, or another run makes this sweep.
           OSError: The table cannot be written.
         """
         least = self._real.mean.size
@@ -236,11 +236,12 @@ class Sweep:
             )
         plan = rounds(len(self._cells), num_images, halving=halving, least=least)
         left = list(range(len(self._cells)))
-        for count, images in plan:
-            left = left[:count]
-            self._round(left, images, show)
-            scores = self._scores(images)
-            left.sort(key=lambda i: scores[i])
+        with exclusive.only_drawing(self._out):
+            for count, images in plan:
+                left = left[:count]
+                self._round(left, images, show)
+                scores = self._scores(images)
+                left.sort(key=lambda i: scores[i])
         return self._found() if processes.is_first() else None
 
     def _round(

@@ -26,7 +26,10 @@ def rows(workdir):
 
 
 def record(workdir):
-    return json.loads((workdir / online.BEST / online.RECORD).read_text())
+    """Step and value of the best checkpoint, and what it was scored with."""
+    (step,) = (int(x.name) for x in (workdir / online.BEST / "checkpoints").iterdir())
+    found = json.loads((workdir / online.BEST / online.RECORD).read_text())
+    return {"step": step, "value": found["values"][str(step)], "evaluation": found["evaluation"]}
 
 
 def test_scores_are_logged_with_what_they_cost(scored):
@@ -101,6 +104,11 @@ def test_a_worse_one_or_one_of_other_settings_is_not_compared(scored, tmp_path):
     value = record(scored)["value"]
     assert not best().offer(7, state, value + 1.0)
     assert record(workdir) == record(scored)
+    # Killed after a better one was recorded and before it was saved, the one there is the best.
+    path = workdir / online.BEST / online.RECORD
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"values": found["values"] | {"5": value - 1.0}}))
+    assert not best().offer(7, state, value + 1.0)
     # One of more images is another number, and what was best in a future that was left is gone.
     assert best("evaluation.num_images=90").offer(7, state, value + 1.0)
     assert record(workdir)["value"] == value + 1.0

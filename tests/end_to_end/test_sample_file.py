@@ -12,7 +12,7 @@ import pytest
 
 from arcond_jax.cli import main
 from arcond_jax.evaluation import part, samples
-from arcond_jax.run import drawing, evaluating, progress, sample_file
+from arcond_jax.run import drawing, evaluating, exclusive, progress, sample_file
 
 PLAIN = "--config.transport.kind=none"
 
@@ -149,6 +149,17 @@ def test_labels_are_drawn_with_the_seed(finished, tmp_path):
     label = evaluating.labels(10_000, 10, "drawn", seed=3)
     np.testing.assert_array_equal(label[:50], evaluating.labels(50, 10, "drawn", seed=3))
     assert np.abs(np.bincount(label, minlength=10) - 1000).max() < 150  # 5 standard deviations
+
+
+def test_a_second_run_of_a_file_is_refused(finished, whole, tmp_path, capsys):
+    out = tmp_path / "out.npz"
+    with exclusive.only_drawing(out):
+        assert main.main(arguments(finished, out)) == 2
+    error = capsys.readouterr().err
+    assert "another run is drawing" in error and error.count("\n") == 1, error
+    assert not [*tmp_path.iterdir()]
+    sample(finished, out)
+    assert out.read_bytes() == whole
 
 
 def test_what_is_no_file_is_refused(finished, capsys):
