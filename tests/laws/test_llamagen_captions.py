@@ -112,12 +112,14 @@ def test_rows_without_a_caption_know_its_length_alone(params):
     assert np.abs(shorter - null[:, 0])[1:].max() > 1e-2
 
 
+@pytest.mark.slow
 def test_conditions_step_by_step_are_those_of_one_pass(params, plain, guided):
     for drawn in (plain, guided):
         expected = conditions(params, drawn.tokens, CAPTION)
         np.testing.assert_allclose(drawn.cond[0], expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_guidance_of_one_is_none(params, plain, guided):
     for choices in (
         dict(scale=3.0, positions=0),
@@ -128,11 +130,13 @@ def test_guidance_of_one_is_none(params, plain, guided):
     assert np.any(guided.tokens.codes != plain.tokens.codes)
 
 
+@pytest.mark.slow
 def test_a_power_of_zero_is_constant_guidance(params, guided):
     drawn = sample(params, CAPTION, scale=3.0, schedule="power_cosine", power=0.0)
     np.testing.assert_array_equal(drawn.tokens.codes, guided.tokens.codes)
 
 
+@pytest.mark.slow
 def test_a_caption_alone_is_drawn_as_in_a_batch(params, guided):
     for row in range(len(LENGTHS)):
         caption = jax.tree.map(lambda x, row=row: x[row : row + 1], CAPTION)
@@ -156,6 +160,7 @@ def test_a_dropped_caption_leaves_its_length_alone(params):
     assert abs(value_and_grad(params, CAPTION)[0] - loss) > 1e-3
 
 
+@pytest.mark.slow
 def test_loss_falls():
     update = optax.adam(1e-2)
     generator = causal.Generator(NETWORK, (losses.CodeLoss(),))

@@ -113,7 +113,13 @@ def row_rngs(*numbers):
     return rngs
 
 
-@pytest.mark.parametrize("network", [JOINT, LATENTS_ONLY], ids=["joint", "latents_only"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(JOINT, id="joint"),
+        pytest.param(LATENTS_ONLY, id="latents_only", marks=pytest.mark.slow),
+    ],
+)
 def test_latents_are_the_chain_under_their_condition(params, network, expected):
     if network is LATENTS_ONLY:
         loop = dataclasses.replace(PLAIN, network=network, heads=PLAIN.heads[1:])
@@ -322,7 +328,13 @@ def codes_only(drafts, step=None, renoise=None):
     return compiled(loop if step is None else stride.StrideSampler(loop, step))
 
 
-@pytest.mark.parametrize("renoise", [None, NOISE], ids=["plain", "renoised"])
+@pytest.mark.parametrize(
+    "renoise",
+    [
+        pytest.param(None, id="plain"),
+        pytest.param(NOISE, id="renoised", marks=pytest.mark.slow),
+    ],
+)
 def test_feeding_drafts_back_is_algorithm_one(params, renoise):
     sampled = codes_only("feed", renoise=renoise)(params, RNG, LABEL, IDENTITY, 0)
     windows = np.full((len(LABEL), LENGTH, WINDOW), -1)
@@ -358,7 +370,7 @@ def test_a_stride_emits_the_head_of_each_window(params, step, drafts, renoise):
     np.testing.assert_array_equal(codes, windows[:, :LENGTH, 0])
 
 
-@pytest.mark.parametrize("drafts", ["off", "feed"])
+@pytest.mark.parametrize("drafts", [pytest.param("off", marks=pytest.mark.slow), "feed"])
 def test_a_stride_of_one_is_the_loop_without_strides(params, drafts):
     in_strides, expected = (
         sample(params, RNG, LABEL, IDENTITY, 0).tokens.codes
