@@ -58,9 +58,9 @@ def run(*arguments, **how):
     return outputs
 
 
-def train_arguments(workdir, *more, variant="joint"):
-    overrides = (f"--config.{override}" for override in (*tiny.overrides(variant), *more))
-    return ["train", "--config", f"digits:{variant}", "--workdir", workdir, *overrides]
+def train_arguments(workdir, *more, variant="joint", overrides=tiny.overrides):
+    flags = (f"--config.{override}" for override in (*overrides(variant), *more))
+    return ["train", "--config", f"digits:{variant}", "--workdir", workdir, *flags]
 
 
 def rows(workdir):

@@ -44,6 +44,12 @@ def overrides(variant: str = "joint") -> tuple[str, ...]:
     return chosen + (("tensorar.window=2",) if variant in ("joint", "tensorar") else ())
 
 
+def unrefined(variant: str) -> tuple[str, ...]:
+    """The same without refinement, so that no bank is filled."""
+    chosen = (x for x in overrides(variant) if not x.startswith("transport."))
+    return (*chosen, "transport.kind=none")
+
+
 def config(variant: str = "joint", *more: str) -> build.Config:
     return build.load_config(f"digits:{variant}", (*overrides(variant), *more))
 
@@ -53,9 +59,8 @@ NUM_SCORED = 80  # more than the 32 features of the small classifier
 
 def scored_config(*more: str) -> build.Config:
     """Of a run that is scored while it trains, without refinement."""
-    small = (x for x in overrides("ar") if not x.startswith("transport"))
     scores = ("evaluation.every=2", f"evaluation.num_images={NUM_SCORED}")
-    settings = (*small, *scores, "transport.kind=none", "training.log_every=3", *more)
+    settings = (*unrefined("ar"), *scores, "training.log_every=3", *more)
     return build.load_config("digits:ar", settings)
 
 

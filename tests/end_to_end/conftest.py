@@ -10,6 +10,8 @@ import jax
 import pytest
 import tiny
 
+from arcond_jax.data import digits
+from arcond_jax.evaluation import classifier
 from arcond_jax.run import training
 
 
@@ -66,3 +68,12 @@ def copy_of(tmp_path):
         return target
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def quick_classifier() -> classifier.Classifier:
+    """Of digits, trained for a moment."""
+    source = digits.Digits("train")
+    return classifier.train_classifier(
+        source.image, source.label, num_classes=10, num_train_steps=50
+    )

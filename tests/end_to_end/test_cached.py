@@ -24,24 +24,36 @@ def cached_config(cache, variant="joint", *more):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A cache of digits, and a run on it that is stopped at its third step and goes on."""
-    root = tmp_path_factory.mktemp("cached")
-    caching.encode(tiny.config(), [], root / "cache", FLOAT32)
-    config = cached_config(root / "cache")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jax, "devices", lambda: jax.local_devices()[:1])
-        interrupt(patched, at_batch=3)
-        assert not training.train(config, root / "run")
-    assert training.train(config, root / "run")
-    return root / "run"
+def cache(tmp_path_factory):
+    """Of digits."""
+    out = tmp_path_factory.mktemp("cached") / "cache"
+    caching.encode(tiny.config(), [], out, FLOAT32)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(cache):
+    """On the cache."""
+    workdir = cache.with_name("run")
+    assert training.train(cached_config(cache), workdir)
+    return workdir
 
 
 def test_a_run_on_a_cache_is_the_run_on_its_images(run, finished):
-    """Losses, weights and the bank of conditions, to the last bit, over a stop."""
+    """Losses, weights and the bank of conditions, to the last bit."""
     assert_same_run(run, finished)
     ours, theirs = (restoring.restore(workdir).bank for workdir in (run, finished))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.slow
+def test_stopped_on_a_cache_and_gone_on_with_it_is_the_same(cache, finished, tmp_path, monkeypatch):
+    config = cached_config(cache)
+    with monkeypatch.context() as patched:
+        interrupt(patched, at_batch=3)
+        assert not training.train(config, tmp_path / "run")
+    assert training.train(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished)
 
 
 def test_another_tokenizer_is_refused_when_a_run_goes_on(run, tmp_path, copy_of, capsys):

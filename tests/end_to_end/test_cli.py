@@ -18,12 +18,9 @@ from arcond_jax.training import writer
 from arcond_jax.transport import refiners
 
 
-def flags(*more):
-    return [f"--config.{override}" for override in (*tiny.overrides(), *more)]
-
-
-def train(workdir, *more, config="digits:joint"):
-    return ["train", "--config", config, "--workdir", str(workdir), *flags(*more)]
+def train(workdir, *more, config="digits:joint", variant="joint"):
+    flags = [f"--config.{override}" for override in (*tiny.overrides(variant), *more)]
+    return ["train", "--config", config, "--workdir", str(workdir), *flags]
 
 
 def files_below(folder):
@@ -71,7 +68,8 @@ def test_train_without_a_config(config, message, tmp_path, capsys):
 def test_train_below_a_file(tmp_path, capsys):
     (tmp_path / "file").touch()
     workdir = tmp_path / "file" / "run"
-    assert_one_line(train(workdir), capsys, tmp_path, "Cannot write to", "file/run")
+    arguments = train(workdir, config="digits:base", variant="base")
+    assert_one_line(arguments, capsys, tmp_path, "Cannot write to", "file/run")
 
 
 def test_train_where_another_run_is(finished, copy_of, capsys):
@@ -98,6 +96,7 @@ def test_truncated_checkpoints(command, finished, copy_of, capsys, tmp_path):
     assert_one_line(arguments, capsys, tmp_path, "checkpoint of step 6 in", "is damaged", "delete")
 
 
+@pytest.mark.slow
 def test_as_a_program_a_truncated_checkpoint_is_named(finished, copy_of, tmp_path):
     workdir = copy_of(finished)
     truncate_arrays(workdir / "checkpoints" / "6" / "state")
@@ -244,8 +243,11 @@ def test_no_classifier_is_trained_that_cannot_be_kept(
     assert_one_line(arguments, capsys, tmp_path, "classifier.npz does not exist: create it first")
 
 
-def test_a_card_that_cannot_be_written_is_printed(finished, copy_of, tmp_path, capsys):
+def test_a_card_that_cannot_be_written_is_printed(
+    finished, copy_of, quick_classifier, tmp_path, capsys
+):
     workdir, path = copy_of(finished), tmp_path / "samples.npz"
+    quick_classifier.save(workdir / "classifier.npz")
     some_samples(path)
     (tmp_path / "samples.card.json").mkdir()  # stands for a place that cannot be written to
     arguments = ["evaluate", "--samples", str(path), "--checkpoint", str(workdir)]

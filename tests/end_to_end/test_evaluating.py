@@ -12,7 +12,7 @@ from arcond_jax.cli import main
 from arcond_jax.convert import inception as inception_table
 from arcond_jax.convert import table
 from arcond_jax.data import digits, images
-from arcond_jax.evaluation import classifier, features, inception, samples
+from arcond_jax.evaluation import features, inception, samples
 
 TESTS = pathlib.Path(__file__).parents[1]
 PLAIN = "--config.transport.kind=none"
@@ -23,14 +23,10 @@ def call(*arguments):
 
 
 @pytest.fixture
-def workdir(finished, copy_of):
-    """The tiny run with a classifier that is trained for a moment."""
-    source = digits.Digits("train")
-    trained = classifier.train_classifier(
-        source.image, source.label, num_classes=10, num_train_steps=50
-    )
+def workdir(finished, copy_of, quick_classifier):
+    """The tiny run with a classifier."""
     target = copy_of(finished)
-    trained.save(target / "classifier.npz")
+    quick_classifier.save(target / "classifier.npz")
     return target
 
 

@@ -1,5 +1,7 @@
 """Official weights made one's own: converted, tuned on a folder, sampled by class name, scored."""
 
+import shutil
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -62,12 +64,17 @@ def tune(llamagen, workdir, *more):
     return ["train", "--workdir", workdir, *flags, *short(*places), *init, *more]
 
 
-def test_official_weights_tuned_on_three_classes(llamagen, tmp_path, capsys):
-    workdir, out = tmp_path / "run", tmp_path / "roses.npz"
-    assert_one_line(tune(llamagen, workdir), capsys, tmp_path, "has 1000 classes, the config 3")
+@pytest.fixture(scope="module")
+def tuned(llamagen, tmp_path_factory):
+    """Never to be written to."""
+    workdir = tmp_path_factory.mktemp("tuned") / "run"
     call(tune(llamagen, workdir, "--init_classes", "new"))
+    return workdir
+
+
+def test_official_weights_tuned_on_three_classes(llamagen, tuned, tmp_path, capsys):
     held = restoring.restore(llamagen / "llamagen_weights").params
-    start = restoring.restore(workdir, step=0)
+    start = restoring.restore(tuned, step=0)
     assert start.class_names == NAMES
     table, of_imagenet = start.params["class_embed"]["table"], held["class_embed"]["table"]
     assert table.shape[0] == 4
@@ -75,54 +82,62 @@ def test_official_weights_tuned_on_three_classes(llamagen, tmp_path, capsys):
     assert not np.any(np.isin(table[:3], of_imagenet))
     for name in ("trunk", "code_embed"):
         jax.tree.map(np.testing.assert_array_equal, start.params[name], held[name])
+    sample = ["sample", "--checkpoint", tuned, "--out", tmp_path / "other.npz"]
+    message = "none of the 3 classes is named 'goldfish'"
+    assert_one_line([*sample, "--class_name", "goldfish"], capsys, tmp_path, message)
 
-    sample = ["sample", "--checkpoint", workdir, "--num_images", 8, "--out", out]
+
+@pytest.mark.slow
+def test_what_was_tuned_is_sampled_by_name_and_scored(tuned, tmp_path, capsys):
+    out = tmp_path / "roses.npz"
+    sample = ["sample", "--checkpoint", tuned, "--num_images", 8, "--out", out]
     call([*sample, "--class_name", "rose"])
     drawn = samples.read_samples(out)
     assert set(drawn.label.tolist()) == {1} and drawn.metadata["label_names"] == list(NAMES)
     capsys.readouterr()
+    workdir = shutil.copytree(tuned, tmp_path / "run")
     call(["evaluate", "--samples", out, "--checkpoint", workdir])
     assert "held out: daisy, rose, tulip" in capsys.readouterr().out
 
-    more = ["sample", "--checkpoint", workdir, "--out", tmp_path / "other.npz"]
-    message = "none of the 3 classes is named 'goldfish'"
-    assert_one_line([*more, "--class_name", "goldfish"], capsys, tmp_path, message)
 
-
-@pytest.mark.slow
-def test_other_folders_under_a_run_are_refused(llamagen, tmp_path, capsys):
+def test_other_folders_under_a_run_are_refused(llamagen, tuned, tmp_path, capsys):
     write_images(tmp_path / "other", ("daisy", "lily", "tulip"), size=8, count=4)
-    workdir = tmp_path / "run"
-    call(tune(llamagen, workdir, "--init_classes", "new"))
-    again = tune(llamagen, workdir, f"--config.data.directory={tmp_path / 'other'}")
+    again = tune(llamagen, tuned, f"--config.data.directory={tmp_path / 'other'}")
     message = "a run whose class 1 is 'rose', here it is 'lily'"
     assert_one_line(again, capsys, tmp_path, message)
 
 
+def drafter_of(arguments):
+    """The same command for the variant with a drafter."""
+    return [str(x).replace("llamagen_b_256", "llamagen_b_256:drafter") for x in arguments]
+
+
 def test_weights_of_another_model_or_size(llamagen, tmp_path, capsys):
     new = ["--init_classes", "new"]
+    assert_one_line(
+        tune(llamagen, tmp_path / "run"), capsys, tmp_path, "has 1000 classes, the config 3"
+    )
     deeper = tune(llamagen, tmp_path / "run", *new, "--config.model.depth=2")
     assert_one_line(deeper, capsys, tmp_path, "there, (2, ")
     other = ["train", "--config", "digits:ar", "--workdir", tmp_path / "run"]
     other += ["--init", llamagen / "llamagen_weights", *new]
     assert_one_line(other, capsys, tmp_path, "has model llamagen, the config ar")
+    command = drafter_of(tune(llamagen, tmp_path / "run", "--config.model.num_heads=2"))
+    alone = [x for x in command if x not in ("--init", str(llamagen / "llamagen_weights"))]
+    assert_one_line(alone, capsys, tmp_path, "learns to guess what a trained model draws: give --")
 
 
+@pytest.mark.slow
 def test_a_drafter_leaves_official_weights_as_they_are(llamagen, tmp_path, capsys):
     more = ["--init_classes", "new", "--config.model.num_heads=2"]
     workdir = tmp_path / "run"
-    command = [
-        x.replace("b_256", "b_256:drafter") if x == "llamagen_b_256" else x
-        for x in map(str, tune(llamagen, workdir, *more))
-    ]
-    alone = command[: command.index("--init")]
-    assert_one_line(alone, capsys, tmp_path, "learns to guess what a trained model draws: give --")
+    command = drafter_of(tune(llamagen, workdir, *more))
     call(command)
     held = restoring.restore(llamagen / "llamagen_weights").params
     tuned = restoring.restore(workdir).params
     for name in ("trunk", "code_embed", "final_norm", "code_head"):
         jax.tree.map(np.testing.assert_array_equal, tuned[name], held[name])
-    call(alone)  # a run that is there goes on
+    call(command[: command.index("--init")])  # a run that is there goes on
     rows = writer.read_rows(workdir / "metrics.jsonl")
     assert all(0 < row["windows/acceptance_3"] <= 1 for row in rows)
     assert "windows/noised" not in rows[-1]

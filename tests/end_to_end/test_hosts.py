@@ -19,11 +19,12 @@ import pytest
 import tiny
 from PIL import Image
 
+from arcond_jax import build
 from arcond_jax.run import training
 from arcond_jax.training import writer
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "local_multiprocess.sh"
-SMALL = dict(variant="base")  # codes alone: compiles fast
+SMALL = dict(variant="base", overrides=tiny.unrefined)  # codes alone: compiles fast
 
 
 def wait_for_rows(workdir, processes):
@@ -54,7 +55,8 @@ def test_told_to_stop_one_stops_all_and_the_restart_is_as_one_process(tmp_path, 
     assert f"stopped and saved: {workdir}" in outputs[0] and "stopped" not in outputs[1]
     hosts.run(*arguments, devices=1)
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
-    assert training.train(tiny.config("base", *more), tmp_path / "whole")
+    whole = build.load_config("digits:base", (*tiny.unrefined("base"), *more))
+    assert training.train(whole, tmp_path / "whole")
     hosts.assert_same_rows(hosts.rows(workdir), hosts.rows(tmp_path / "whole"))
 
 

@@ -119,7 +119,7 @@ def test_a_picture_that_cannot_be_written_costs_no_step(tmp_path, caplog):
     def show(*_):
         raise FileExistsError("samples is a file")
 
-    config = tiny.config()
+    config = tiny.config("base")
     config.training.update(samples_every=1, num_train_steps=2)
     assert training.train(config, tmp_path / "run", show=show)
     assert "no samples of step 1: samples is a file" in caplog.text
@@ -279,22 +279,31 @@ def test_a_refiner_on_disk_is_the_one_calibrated(calibrated):
     assert np.any(images[0] != drawer.images(refiners.Identity(), label, seed=0))
 
 
-def test_a_refiner_of_residuals_fills_its_own_bank(finished, tmp_path):
-    settings = ("transport.kind=residual", "transport.num_directions=5")
-    config_of_one_group = (*settings, "transport.grouping=shared")
-    config = tiny.config("joint", *settings)
-    trained = restoring.restore(finished, config=config)
+RESIDUAL = ("transport.kind=residual", "transport.num_directions=5")
+
+
+def test_a_refiner_of_residuals_fills_its_own_bank(finished):
+    trained = restoring.restore(finished, config=tiny.config("joint", *RESIDUAL))
     bank = refinement.filled_bank(trained)
     cond, label = refinement.conditions(trained, "train")
     mean = np.stack([cond[label == group].mean(axis=0) for group in range(10)], axis=1)
     expected = np.einsum("sgd,sdk->sgk", mean, bank.basis)
     np.testing.assert_allclose(bank.mean, expected, atol=1e-4)
 
-    # One of a single group, and of more atoms than images, fits its config but not this one.
-    other = tiny.config("joint", *config_of_one_group, f"transport.num_atoms={len(cond) + 3}")
+
+@pytest.mark.slow
+def test_a_bank_of_residuals_of_one_group_is_not_that_of_many(finished, tmp_path):
+    """One of a single group, and of more atoms than images, fits its config but not this one."""
+    config, config_of_one_group = (
+        tiny.config("joint", *RESIDUAL),
+        (*RESIDUAL, "transport.grouping=shared"),
+    )
+    trained = restoring.restore(finished, config=config)
+    num_images = len(build.source(config, "train"))
+    other = tiny.config("joint", *config_of_one_group, f"transport.num_atoms={num_images + 3}")
     shared = refinement.filled_bank(dataclasses.replace(trained, config=other))
-    assert shared.atoms.shape[1] == len(cond) + 3
-    assert int(shared.count[0, 0]) == len(cond)
+    assert shared.atoms.shape[1] == num_images + 3
+    assert int(shared.count[0, 0]) == num_images
     shared = refinement.filled_bank(
         dataclasses.replace(trained, config=tiny.config("joint", *config_of_one_group))
     )

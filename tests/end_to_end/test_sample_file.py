@@ -1,6 +1,7 @@
 """Samples on their way to a file: stopped at any moment, even by force, they come out the same."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,20 +35,28 @@ def whole(finished, tmp_path_factory):
     return out.read_bytes()
 
 
-@pytest.fixture
-def stopped(finished, tmp_path, monkeypatch):
-    """Its folder, after three batches; what stops it is what a full disk raises."""
-    out, add = tmp_path / "out.npz", part.Part.add
+@pytest.fixture(scope="module")
+def left(finished, tmp_path_factory):
+    """What three batches leave; what stops it is what a full disk raises. Never to be changed."""
+    out, add = tmp_path_factory.mktemp("left") / "out.npz", part.Part.add
 
     def third(self, image_uint8):
         if self.num_rows == 12:
             raise OSError("no space")
         add(self, image_uint8)
 
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(part.Part, "add", third)
         assert main.main(arguments(finished, out)) == 2
-    assert [x.name for x in tmp_path.iterdir()] == ["out.npz.part"]
+    assert [x.name for x in out.parent.iterdir()] == ["out.npz.part"]
+    return part.path_of(out)
+
+
+@pytest.fixture
+def stopped(left, tmp_path):
+    """The file of a run that was stopped after three batches."""
+    out = tmp_path / "out.npz"
+    shutil.copytree(left, part.path_of(out))
     return out
 
 
@@ -137,15 +146,13 @@ def test_other_settings_do_not_go_on(more, message, finished, stopped, capsys):
 
 
 def test_labels_are_drawn_with_the_seed(finished, tmp_path):
-    found = {}
-    for name, more in {"a": (), "b": (), "c": ("--seed", 7)}.items():
-        out = tmp_path / f"{name}.npz"
-        sample(finished, out, "--labels", "drawn", *more, count=12)
-        found[name] = samples.read_samples(out)
-    assert found["a"].metadata["sampling"]["labels"] == "drawn"
-    np.testing.assert_array_equal(found["a"].label, found["b"].label)
-    assert np.any(found["a"].label != found["c"].label)
-    assert np.any(found["a"].label != np.arange(12) % 10)
+    out = tmp_path / "out.npz"
+    sample(finished, out, "--labels", "drawn", "--seed", 7, count=12)
+    found = samples.read_samples(out)
+    assert found.metadata["sampling"]["labels"] == "drawn"
+    np.testing.assert_array_equal(found.label, evaluating.labels(12, 10, "drawn", seed=7))
+    assert np.any(found.label != evaluating.labels(12, 10, "drawn", seed=0))
+    assert np.any(found.label != np.arange(12) % 10)
     label = evaluating.labels(10_000, 10, "drawn", seed=3)
     np.testing.assert_array_equal(label[:50], evaluating.labels(50, 10, "drawn", seed=3))
     assert np.abs(np.bincount(label, minlength=10) - 1000).max() < 150  # 5 standard deviations

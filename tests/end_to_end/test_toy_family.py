@@ -20,7 +20,6 @@ def test_one_model_file_and_one_record_do(tmp_path, capsys):
     loss = [row["loss"] for row in writer.read_rows(run / "metrics.jsonl")]
     assert np.mean(loss[-5:]) < np.mean(loss[:5]) - 0.1
 
-    call(["calibrate", "--checkpoint", run])
     guided = "--config.sampling.guidance_scale=1.5"
     call(["calibrate", "--checkpoint", run, guided])
     call(["sample", "--checkpoint", run, "--num_images", 20, "--out", out, guided])
