@@ -98,7 +98,18 @@ def tokenizer_count(config, known={}):  # noqa: B006
     return known[key]
 
 
-@pytest.mark.parametrize(("name", "count"), IMAGENET.items())
+# Of each model the smallest, at every image size: the others differ in numbers alone.
+SMALLEST = {
+    *("mar_base_imagenet256", "mar_large_imagenet512", "ar_xl_imagenet256", "cdm_xl_imagenet256"),
+    *("llamagen_b_256", "llamagen_b_384", "llamagen_t2i_xl_256", "rar_b", "magvit2_b"),
+}
+
+
+def sized(name, *values):
+    return pytest.param(name, *values, marks=[] if name in SMALLEST else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("name", "count"), [sized(*x) for x in IMAGENET.items()])
 def test_full_sizes_are_built(name, count):
     """Shapes alone, of the model and its tokenizer."""
     config = build.load_config(name)
@@ -144,7 +155,7 @@ def test_the_joint_model_needs_latents_and_codes(tokenizer, gives):
 
 
 # LlamaGen's counts are the same at 256 and 384 pixels: of the four larger sizes one will do.
-@pytest.mark.parametrize("name", [*OF_CODES][:1] + [*OF_CODES][5:])
+@pytest.mark.parametrize("name", [sized(x) for x in [*OF_CODES][:1] + [*OF_CODES][5:]])
 def test_full_sizes_of_models_of_codes_are_built(name):
     config = build.load_config(name)
     params = nn.unbox(build.abstract_params(config))

@@ -16,7 +16,7 @@ from arcond_jax.parallel import mesh as mesh_lib
 
 @pytest.fixture(scope="module")
 def config():
-    return tiny.config("joint", "mesh.fsdp=4")
+    return tiny.config("base", "mesh.fsdp=4")
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def test_sampling_and_calibration_compile(config, what):
 
 
 def test_a_program_of_the_command_line(tmp_path, capsys):
-    overrides = [f"--config.{x}" for x in tiny.overrides("tensorar")]
+    overrides = [f"--config.{x}" for x in tiny.overrides("base")]
     out = tmp_path / "report.json"
-    command = ["compile", "--config", "digits:tensorar", "--topology", "cpu", "--json", str(out)]
+    command = ["compile", "--config", "digits:base", "--topology", "cpu", "--json", str(out)]
     assert cli.main([*command, *overrides]) == 0
     text = capsys.readouterr().out
     (plain,) = json.loads(out.read_text())

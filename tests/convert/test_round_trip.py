@@ -30,7 +30,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param("llamagen", marks=pytest.mark.slow), "llamagen_t2i"])
 def test_llamagen_of_classes_and_of_captions(name, tmp_path):
     path, *overrides = CONFIGS[name]
     config = build.load_config(path, overrides)

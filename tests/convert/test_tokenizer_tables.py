@@ -18,7 +18,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] if x == "vq8" else []) for x in MODELS]
+)
 def test_table_names_every_parameter_once(name):
     convert, made = MODELS[name]
     rows = convert.rows(made)

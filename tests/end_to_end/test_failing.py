@@ -207,7 +207,11 @@ def test_an_output_that_takes_nothing_is_named():
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("JAX_ENABLE_X64", "banana"), ("JAX_PLATFORMS", "cuda"), ("JAX_PLATFORMS", "banana")],
+    [
+        pytest.param("JAX_ENABLE_X64", "banana", marks=pytest.mark.slow),
+        ("JAX_PLATFORMS", "cuda"),
+        pytest.param("JAX_PLATFORMS", "banana", marks=pytest.mark.slow),
+    ],
 )
 def test_a_variable_that_jax_cannot_use_is_named(variable, value, tmp_path):
     arguments = ["train", "--config", "digits:ar", "--workdir", str(tmp_path / "run")]

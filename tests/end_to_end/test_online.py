@@ -66,7 +66,8 @@ def test_the_best_is_a_working_directory_of_its_own(scored, tmp_path):
     assert card.measurements[online.SCORE] == pytest.approx(best["value"], rel=1e-6)
 
 
-@pytest.mark.parametrize("kept", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [2, 4])
 def test_gone_on_with_it_is_as_never_stopped(kept, scored, tmp_path):
     """A run that was killed after its checkpoint of that step, and maybe after a better one."""
     workdir = tmp_path / "run"

@@ -52,7 +52,7 @@ def test_configs_are_those_of_today(name):
     assert old == new
 
 
-@pytest.mark.parametrize("name", ["joint", "ar"])
+@pytest.mark.parametrize("name", ["joint", pytest.param("ar", marks=pytest.mark.slow)])
 def test_a_run_is_sampled_to_the_same_images(name, run_of, tmp_path):
     workdir, out = run_of(name), tmp_path / "out.npz"
     arguments = ["sample", "--checkpoint", workdir, "--num_images", 20, "--seed", 4, "--out", out]

@@ -347,7 +347,7 @@ ANY = {
 }
 
 
-@pytest.mark.parametrize("name", ANY)
+@pytest.mark.parametrize("name", ["rar", pytest.param("magvit2", marks=pytest.mark.slow)])
 def test_any_model_in_windows_starts_as_itself(name, codes):
     inner, outer = ANY[name], windowed(ANY[name])
     params = tiny.random_params(jax.eval_shape(init(outer), jax.random.key(0)), 0.3)

@@ -165,25 +165,31 @@ def test_all_directions_and_one_class_is_the_entropic_map_between_centred_laws()
         jnp.asarray(make(seed, 60)[0][:60, 0])
         for make, seed in ((drifted, 2), (ideal, 0), (drifted, 1))
     )
-    moments = residual.add(None, target[:, None], group=jnp.zeros(60, jnp.int32), num_groups=1)
-    bank = residual.make_bank(
-        moments, target[:, None], group=jnp.zeros(60, jnp.int32), num_directions=WIDTH
-    )
+    group = jnp.zeros(60, jnp.int32)
+    moments = residual.add(None, target[:, None], group=group, num_groups=1)
+    bank = residual.make_bank(moments, target[:, None], group=group, num_directions=WIDTH)
     bank = jax.tree.map(lambda leaf: leaf[0], bank)
-    whole = residual.fit(bank, source[None], options=OPTIONS)
-    refined = residual.refine(cond, whole, group=jnp.zeros(60, jnp.int32), options=OPTIONS)
 
-    start, end = source.mean(axis=0), target.mean(axis=0)
-    centred = entropic.fit(
-        target - end,
-        source - start,
-        count=jnp.array(60),
-        radius=0.5 * ((target - end) ** 2).sum(axis=1).mean(),
-        options=OPTIONS,
-    )
-    expected = entropic.refine_rows(cond - start, centred, options=OPTIONS)
-    expected = expected + start + OPTIONS.step_size * (end - start)
-    np.testing.assert_allclose(refined, expected, atol=1e-4)  # a turned cloud, in float32
+    @jax.jit
+    def refined(bank, source, cond):
+        whole = residual.fit(bank, source[None], options=OPTIONS)
+        return residual.refine(cond, whole, group=group, options=OPTIONS)
+
+    @jax.jit
+    def expected(target, source, cond):
+        start, end = source.mean(axis=0), target.mean(axis=0)
+        centred = entropic.fit(
+            target - end,
+            source - start,
+            count=jnp.array(60),
+            radius=0.5 * ((target - end) ** 2).sum(axis=1).mean(),
+            options=OPTIONS,
+        )
+        moved = entropic.refine_rows(cond - start, centred, options=OPTIONS)
+        return moved + start + OPTIONS.step_size * (end - start)
+
+    ours, theirs = refined(bank, source, cond), expected(target, source, cond)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)  # a turned cloud, in float32
 
 
 def test_rows_do_not_depend_on_their_batch(calibrated):

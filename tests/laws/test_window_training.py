@@ -185,13 +185,8 @@ def test_weights_of_entries_make_the_mean_of_their_losses(guesses):
     np.testing.assert_allclose(total, wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(window=LENGTH),
-        pytest.param(dict(residual=False), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [dict(window=LENGTH), dict(residual=False)])
 def test_the_longest_window_and_no_residual_train_and_sample(options):
     network = windowed(INNER["rar"], **options)
     generator = rar.Generator(network, (losses.CodeLoss(),), windows.Drafts("noised"))

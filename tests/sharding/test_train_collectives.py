@@ -15,7 +15,7 @@ BLOCKS = ("model.depth=2", "model.width=32", "model.num_heads=2")
 VARIANTS = {
     "joint": ("diffusion_head.depth=2", "loss.num_copies=3", "model.remat=full"),
     "tensorar": ("tensorar.window=3", "tensorar.drafts=noised", "tensorar.noise=self"),
-    "mar": ("diffusion_head.depth=2", "model.remat=full", "loss.num_copies=3"),
+    "mar": ("diffusion_head.depth=2", "loss.num_copies=3"),
     "dit": BLOCKS,
     "rar": (*BLOCKS, "model.mlp_hidden=64", "tokenizer.num_codes=64"),
 }
