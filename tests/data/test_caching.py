@@ -122,7 +122,7 @@ def batches(config, count=4):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("kl", "float32"),
+        pytest.param("kl", "float32", marks=pytest.mark.slow),
         ("kl", "float16"),
         ("vq", "uint16"),
         pytest.param("maskgit_vq", "uint16", marks=pytest.mark.slow),
@@ -257,6 +257,7 @@ def test_a_pair_stopped_and_divided_among_processes_is_the_same(pair, tmp_path):
     assert contents(tmp_path / "out") == contents(expected)
 
 
+@pytest.mark.slow
 def test_the_law_of_a_pair_passes_over_damaged_images(pair, weights, tmp_path):
     whole, _, found = pair
     source = photographs.write_folder(tmp_path / "source")
@@ -277,15 +278,21 @@ def test_the_law_of_a_pair_passes_over_damaged_images(pair, weights, tmp_path):
     assert caching.estimate(config, []) == pytest.approx(found, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "leaf"),
+    [("kl", "to_moments"), pytest.param("vq", "to_code", marks=pytest.mark.slow)],
+)
+def test_a_pair_with_another_tokenizer_is_refused(name, leaf, pair, weights, tmp_path):
+    params = tiny.random_params(build.abstract_tokenizer(config_of(name, None)).params, 0.1)
+    params[leaf]["bias"] = params[leaf]["bias"].at[0].add(1e-3)
+    checkpoint.save_tree(f"{tmp_path / name}/weights", {"params": params}, {})
+    paths = {"kl": weights("kl"), "vq": weights("vq")} | {name: tmp_path / name}
+    with pytest.raises(build.ConfigError, match=r"was encoded by a tokenizer with parameters"):
+        build.tokenizer(reading(pair_of(**paths), pair[0]))
+
+
 def test_what_fits_no_pair_is_refused(pair, weights, tmp_path, capsys):
     out, config, _ = pair
-    for name, leaf in (("kl", "to_moments"), ("vq", "to_code")):
-        params = tiny.random_params(build.abstract_tokenizer(config_of(name, None)).params, 0.1)
-        params[leaf]["bias"] = params[leaf]["bias"].at[0].add(1e-3)
-        checkpoint.save_tree(f"{tmp_path / name}/weights", {"params": params}, {})
-        paths = {"kl": weights("kl"), "vq": weights("vq")} | {name: tmp_path / name}
-        with pytest.raises(build.ConfigError, match=r"was encoded by a tokenizer with parameters"):
-            build.tokenizer(reading(pair_of(**paths), out))
     few = ("warm_start=0.4", "solver=ddim", "spacing=trailing", "num_head_evaluations=1")
     few = build.with_overrides(config, [f"sampling.{x}" for x in few])
     with pytest.raises(build.ConfigError, match=r"warm_start 0\.4 starts from the Gaussian beh"):
@@ -334,7 +341,7 @@ def test_the_middle_of_a_square_is_where_torchvision_has_it():
         assert views.shape == (10, size, size, 1) and views[0, 0, 0, 0] == start
 
 
-@pytest.mark.parametrize("process_count", [1, 2])
+@pytest.mark.parametrize("process_count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stopped_and_divided_among_processes_it_is_the_same(
     process_count, unpacked, weights, codes, tmp_path
 ):
