@@ -195,6 +195,8 @@ def test_models_of_captions_train_on_a_caption_for_each_class(converted, tmp_pat
     assert_one_line(few, capsys, tmp_path, message)
     call([*arguments, f"--config.data.captions={captions}"])
     assert (tmp_path / "run" / "samples" / "step_00000002.png").exists()
+    call(sample(tmp_path / "run", tmp_path / "out.npz", "--captions", captions))
+    assert samples.read_samples(tmp_path / "out.npz").image_uint8.shape == (3, 8, 8, 3)
 
 
 def test_weights_of_the_other_kind(official, tmp_path, capsys):

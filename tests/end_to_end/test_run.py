@@ -279,6 +279,14 @@ def test_a_refiner_on_disk_is_the_one_calibrated(calibrated):
     assert np.any(images[0] != drawer.images(refiners.Identity(), label, seed=0))
 
 
+def test_a_refiner_takes_the_place_of_the_earlier_one(calibrated, tmp_path):
+    trained, _, refiner = calibrated
+    for _ in range(2):
+        refinement.save_refiner(trained, tmp_path, trained.config, refiner)
+    assert [x.name for x in (tmp_path / "refiner").iterdir()] == ["2"]
+    refinement.load_refiner(trained, tmp_path, trained.config)
+
+
 RESIDUAL = ("transport.kind=residual", "transport.num_directions=5")
 
 
