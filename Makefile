@@ -4,12 +4,13 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test tpu lint types lock clean
+.PHONY: help setup demo test hosts tpu lint types lock clean
 
 help:
 	@echo "make setup   install into .venv"
 	@echo "make demo    train, sample and score on two CPU cores, from nothing"
 	@echo "make test    run the tests"
+	@echo "make hosts   run the longer tests of several processes"
 	@echo "make tpu     compile for TPUs, without one"
 	@echo "make lint    check style, rows and doors"
 	@echo "make types   check types"
@@ -24,6 +25,10 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -q -m "not slow and not tpu" -n 2 --dist loadfile
+
+# Several processes on this machine, end to end: minutes each.
+hosts: setup
+	$(BIN)/pytest -q -m slow tests/end_to_end/test_hosts.py
 
 # With FULL=1 also the configs at full size, which takes hours.
 tpu: setup
