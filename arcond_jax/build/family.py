@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
 
 from arcond_jax import types
 from arcond_jax.build import keys, tokens
@@ -303,7 +302,7 @@ def renoise(config: Config) -> windows.Noise | None:
     return windows.Noise(section.noise, levels, section.nested)
 
 
-def noise_codebook(config: Config, fitted: types.Tokenizer) -> Float[Array, "v c"] | None:
+def noise_codebook(config: Config, fitted: types.Tokenizer) -> tokens.Codebook | None:
     """The vectors that this noise goes through; None where it needs none."""
     if not config.sampling.get("renoise") or config.tensorar.noise != "codebook":
         return None

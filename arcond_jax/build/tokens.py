@@ -30,6 +30,8 @@ FITTED = "tokenizer"  # within a cache, a tokenizer that was fitted to its image
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MAX_PATCHES = 65_536  # to cluster, of images spread over the split
 
+Codebook = Float[Array | np.ndarray, "v c"]  # on the host where a program is only compiled
+
 
 def _abstract_patches(config: Config) -> patches.Patches:
     section = config.tokenizer
@@ -76,7 +78,7 @@ class Tokenizer:
     abstract: Callable[[Config], Any]
     network: Callable[..., Any] | None = None
     parts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    codebook: Callable[[Any], Float[Array, "v c"]] | None = None
+    codebook: Callable[[Any], Codebook] | None = None
     official: official_lib.Official | None = None
 
     @property
@@ -91,7 +93,7 @@ def _centred(fitted: patches.Patches) -> Float[Array, "v c"]:
     return fitted.codebook - fitted.codebook.mean(axis=0)
 
 
-def _quantiser(tokenizer: network_lib.Coded) -> Float[Array, "v c"]:
+def _quantiser(tokenizer: network_lib.Coded) -> Codebook:
     return tokenizer.params["codebook"]["table"]
 
 

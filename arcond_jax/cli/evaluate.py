@@ -93,8 +93,10 @@ def main(args: argparse.Namespace) -> None:
     try:
         atomic.check(out)
     except OSError as error:
+        if args.out is not None:
+            raise
         logging.warning("%s; the card will only be printed", error)
-    if args.samples is not None and args.inception is None and args.reference is None:
+    if _is_of_a_run(args):
         result: _Printable = _by_classifier(args)
     else:
         result = _scored(args)
@@ -102,6 +104,21 @@ def main(args: argparse.Namespace) -> None:
     if processes.is_first():
         atomic.write_text(out, result.as_json() + "\n")
         print(f"written: {out}")
+
+
+def _is_of_a_run(args: argparse.Namespace) -> bool:
+    """Whether a file of our own is to be compared with the images of its run."""
+    if args.samples is None or args.inception is not None or args.reference is not None:
+        return False
+    if args.samples.is_dir() or samples.read_about(args.samples) is None:
+        return False
+    for name in ("distances", "allow_singular"):
+        if getattr(args, name):
+            raise build.ConfigError(
+                f"--{name} does nothing for samples without --inception or --reference: leave it "
+                "out"
+            )
+    return True
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -134,7 +151,9 @@ def _check(args: argparse.Namespace) -> None:
 def _beside(args: argparse.Namespace) -> Any:
     if args.samples is None:
         return args.checkpoint / "evaluation.card.json"
-    return args.samples.with_name(args.samples.name.removesuffix(".npz") + ".card.json")
+    name = args.samples.name
+    kind = "images." if args.samples.is_dir() else ""  # a file of that name may be beside it
+    return args.samples.with_name(f"{name.removesuffix('.npz')}.{kind}card.json")
 
 
 def _by_classifier(args: argparse.Namespace) -> card.EvaluationCard:

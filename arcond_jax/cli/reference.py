@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_features",
         type=int,
-        default=reference_lib.KEPT,
         help=f"images whose features are kept; default: {reference_lib.KEPT}",
     )
     parser.add_argument("--out", required=True, type=paths.file, help=".npz to write")
@@ -50,7 +49,10 @@ def main(args: argparse.Namespace) -> None:
         made = reference_lib.read(args.npz, read.extractor, mesh=read.mesh)
     else:
         made = reference_lib.measure(
-            _images(args), read.extractor, mesh=read.mesh, keep=args.num_features
+            _images(args),
+            read.extractor,
+            mesh=read.mesh,
+            keep=reference_lib.KEPT if args.num_features is None else args.num_features,
         )
     if not processes.is_first():
         return
@@ -66,8 +68,10 @@ def _check(args: argparse.Namespace) -> None:
     for name, needs in (("split", "config"), ("image_size", "images"), ("resize", "image_size")):
         if getattr(args, name) is not None and getattr(args, needs) is None:
             raise build.ConfigError(f"--{name} does nothing without --{needs}: leave it out")
-    if args.num_features < 0 or (args.image_size is not None and args.image_size < 1):
+    if (args.num_features or 0) < 0 or (args.image_size is not None and args.image_size < 1):
         raise build.ConfigError("--num_features must be at least 0, --image_size at least 1")
+    if args.npz is not None and args.num_features is not None:
+        raise build.ConfigError("--num_features does nothing with --npz, whose images are all kept")
 
 
 def _images(args: argparse.Namespace) -> image_sets.ImageSet:

@@ -10,7 +10,7 @@ from arcond_jax.run import evaluating, restoring, sweep
 
 EPILOG = """examples:
   arcond sweep --checkpoint runs/digits --over sampling.guidance_scale=1.0,1.5,2.0 \\
-      --num_images 1000 --out sweep
+      --num_images 1000 --out sweep --config.transport.kind=none
   arcond sweep --checkpoint weights/mar --reference adm.npz --inception weights/inception \\
       --over sampling.guidance_scale=1.0,1.5,2.0,3.0 --over sampling.latent_temperature=0.95,1.0 \\
       --num_images 10000 --halving --out sweep
@@ -21,8 +21,9 @@ may be added. sweep.md is the table, sweep.png the picture; error bars are stand
 jackknife. With --halving all are drawn with few images, and the better half again with twice as
 many, until one is left with --num_images: for less, if the best is far enough from the others.
 
-Real images are those of --reference, or the held-out ones of the model's data; without --inception
-the small classifier of the workdir reads them, and the score is no FID."""
+A calibrated refiner is of one setting of the sampler: sweep without refinement. Real images are
+those of --reference, or the held-out ones of the model's data; without --inception the small
+classifier of the workdir reads them, and the score is no FID."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,16 @@ class Statistics:
     covariance: Float64[np.ndarray, "d d"]
     count: int | None
 
+    @property
+    def lack(self) -> str | None:
+        """Why the covariance is singular, in words; None where it is not known to be."""
+        if self.count is None or self.count >= self.mean.size:
+            return None
+        return (
+            f"{self.count} images are fewer than the {self.mean.size} features, so their "
+            "covariance is singular"
+        )
+
 
 class Moments:
     """Count, mean and centred sum of products of all rows added so far: 8 d^2 bytes."""

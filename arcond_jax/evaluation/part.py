@@ -62,7 +62,7 @@ class Part:
             self.num_rows += length
 
     def _check(self, before: Mapping[str, Any]) -> None:
-        now = self._settings
+        before, now = _flat(before), _flat(self._settings)
         for name in sorted(before.keys() | now.keys()):
             was, wanted = (x.get(name, MISSING) for x in (before, now))
             if was != wanted:
@@ -117,6 +117,14 @@ class Part:
 
     def _file(self, start: int) -> pathlib.Path:
         return self.path / f"{start:09d}.npy"
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings within settings by their own names."""
+    found = {}
+    for name, value in settings.items():
+        found |= _flat(value) if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _is_ours(name: str) -> bool:

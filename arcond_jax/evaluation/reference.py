@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Float32, Int
+from jaxtyping import Float, Float32, Int
 
 from arcond_jax import atomic
 from arcond_jax.evaluation import features as features_lib
@@ -31,6 +31,7 @@ WHAT = "reference file"
 KEPT = 10_000  # rows of features: as many as ADM has images for precision and recall
 KEPT_FACT = "kept for precision, recall and KID"
 UNSAID = "not said by the file"
+ROUNDING = 1e-5  # of a covariance, as a share of its largest entry or eigenvalue
 Setting = image_sets.Setting
 
 
@@ -177,7 +178,8 @@ def write(path: str | os.PathLike, reference: Reference) -> None:
 
 def card_path(path: str | os.PathLike) -> pathlib.Path:
     """The card beside a reference."""
-    return pathlib.Path(path).with_suffix(".card.json")
+    path = pathlib.Path(path)
+    return path.with_name(path.name.removesuffix(".npz") + ".card.json")
 
 
 def check_network(
@@ -248,10 +250,24 @@ def _statistics(
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(f"{path} is not a {WHAT}: {mean_name} or {covariance_name} is not finite.")
+    if not _is_covariance(covariance):
+        raise ValueError(
+            f"{path} is not a {WHAT}: {covariance_name} is no covariance, which is symmetric and "
+            "has no negative eigenvalues."
+        )
     number = None
     if count is not None:
         number = npz.whole_number(count, where=f"{path}: count") or None
     return moments.Statistics(mean.astype(np.float64), covariance.astype(np.float64), number)
+
+
+def _is_covariance(matrix: Float[np.ndarray, "d d"]) -> bool:
+    """Whether a matrix is one to the rounding of its type, or of float32."""
+    scale = float(np.abs(matrix).max(initial=0.0))
+    if not np.allclose(matrix, matrix.T, rtol=0.0, atol=ROUNDING * scale):
+        return False
+    eigenvalues = np.linalg.eigvalsh(matrix.astype(np.float64))
+    return bool(eigenvalues[0] >= -ROUNDING * max(eigenvalues[-1], 0.0))
 
 
 def _check_width(path: str | os.PathLike, width: int, found: int | None) -> None:

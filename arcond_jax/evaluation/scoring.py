@@ -6,7 +6,8 @@
     print(card.as_text())
 
 "FID" is a name for one number alone: of 50,000 images, by the published weights of Inception. Of
-fewer images it is FID-10k and the like, and of anything else a Frechet distance.
+fewer images it is FID-10k and the like, to a small reference it says so, and of anything else it is
+a Frechet distance.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from arcond_jax.evaluation import (
 from arcond_jax.evaluation import reference as reference_lib
 
 OFFICIAL_COUNT = 50_000
+SMALL_REFERENCE = 10_000  # images, below which names say how many
 PER_CLASS = 2  # rows of a class for each feature, below which it has no Frechet distance of its own
 SHOWN = 12  # digits of a sha256
 
@@ -119,14 +121,14 @@ def score(
         width=reference.width,
         image_shape=reference.image_shape,
     )
-    measurements, notes = _measured(found, reference, options)
+    measurements, how, notes = _measured(found, reference, options)
     said = images.facts if isinstance(images, image_sets.ImageSet) else {}
     return Card(
         samples={**said, **(samples or {}), **_about(found)},
-        measured_with={**reference_lib.network_facts(extractor), **_how(found, reference, options)},
+        measured_with={**reference_lib.network_facts(extractor), **how},
         reference=reference.facts,
         measurements=measurements,
-        names=names(extractor, found.count, measurements),
+        names=names(extractor, found.count, measurements, reference=reference),
         notes=tuple(notes),
     )
 
@@ -149,36 +151,30 @@ class Options:
 
 
 def names(
-    extractor: features_lib.Features, count: int, measurements: Mapping[str, float]
+    extractor: features_lib.Features,
+    count: int,
+    measurements: Mapping[str, float],
+    *,
+    reference: reference_lib.Reference | None = None,
 ) -> dict[str, str]:
-    """What each number is called."""
+    """What each number of `count` images is called."""
+    few = "" if count == OFFICIAL_COUNT else f"-{_short(count)}"
     if isinstance(extractor, inception.Inception) and extractor.published:
-        few = "" if count == OFFICIAL_COUNT else f"-{_short(count)}"
-        marks, score_name = {"": f"FID{few}", "s": f"sFID{few}", "k": "KID"}, "Inception Score"
-        different = [
-            f"{value}{what}"
-            for value, usual, what in (
-                (extractor.preprocessing, "tf", " preprocessing"),
-                (extractor.dtype, "float32", ""),
-            )
-            if value != usual
-        ]
-        how = f" ({', '.join(different)})" if different else ""
-        score_name += how
+        called = _official(extractor, few, _small(reference))
     else:
-        marks = {"": "Frechet distance", "s": "spatial Frechet distance", "k": "kernel distance"}
-        why, score_name = "other features", "inception score of these logits"
+        why, of = "other features", ""
         if isinstance(extractor, inception.Inception):
             why = f"weights of sha256 {extractor.sha256[:SHOWN]}"
-            score_name = "inception score of these weights"
-        how = f" (not FID: {why})"
-    called = {
-        "frechet_distance": marks[""] + how,
-        "spatial_frechet_distance": marks["s"] + how.replace("not FID", "not sFID"),
-        "inception_score": score_name,
-        "precision": "precision",
-        "recall": "recall",
-        "kernel_distance": marks["k"] + how.replace("not FID", "not KID"),
+            of = " of these weights"
+        called = {
+            "frechet_distance": f"Frechet distance (not FID: {why})",
+            "spatial_frechet_distance": f"spatial Frechet distance (not sFID: {why})",
+            "inception_score": f"inception score of these {'weights' if of else 'logits'}",
+            "precision": f"precision{of}",
+            "recall": f"recall{of}",
+            "kernel_distance": f"kernel distance (not KID: {why})",
+        }
+    called |= {
         "kernel_distance_deviation": "  deviation between subsets",
         "class_accuracy": "class accuracy",
         "class_frechet_distance": "mean Frechet distance of a class",
@@ -186,16 +182,42 @@ def names(
     return {name: called[name] for name in measurements}
 
 
+def _official(extractor: inception.Inception, few: str, small: list[str]) -> dict[str, str]:
+    """Names of what the published weights measure."""
+    how = [] if extractor.preprocessing == "tf" else [f"{extractor.preprocessing} preprocessing"]
+    how += [] if extractor.dtype == "float32" else [extractor.dtype]
+    named = {
+        "frechet_distance": (f"FID{few}", small),
+        "spatial_frechet_distance": (f"sFID{few}", small),
+        "inception_score": (f"Inception Score{few}", []),
+        "precision": ("precision", small),
+        "recall": ("recall", small),
+        "kernel_distance": ("KID", []),
+    }
+    said = {name: ", ".join([*how, *notes]) for name, (_, notes) in named.items()}
+    return {name: x + (f" ({said[name]})" if said[name] else "") for name, (x, _) in named.items()}
+
+
+def _small(reference: reference_lib.Reference | None) -> list[str]:
+    """What is to be said of a reference of few images."""
+    features = None if reference is None else reference.features
+    count = None if features is None else features.count
+    return [] if count is None or count >= SMALL_REFERENCE else [f"to {count} images"]
+
+
 def _measured(
     found: summary.Summary, reference: reference_lib.Reference, options: Options
-) -> tuple[dict[str, float], list[str]]:
+) -> tuple[dict[str, float], dict[str, Setting], list[str]]:
+    """Numbers, how those of neighbours and kernels were measured, and what could not be."""
     values: dict[str, float] = {}
+    how: dict[str, Setting] = {}
     notes: list[str] = []
     for name, ours, theirs in (
         ("frechet_distance", found.features, reference.features),
         ("spatial_frechet_distance", found.spatial, reference.spatial),
     ):
-        few = None if options.singular else _too_few(ours, theirs)
+        lacks = [one.lack for one in (ours, theirs) if one is not None]
+        few = None if options.singular else next(filter(None, lacks), None)
         if ours is None or theirs is None or few:
             if few or name == "frechet_distance":
                 notes.append(f"no {name.replace('_', ' ')}: {few or 'no statistics to compare'}")
@@ -219,6 +241,16 @@ def _measured(
         )
         values["kernel_distance"] = kernel.mean
         values["kernel_distance_deviation"] = kernel.deviation
+        how = {
+            "precision and recall": (
+                f"k = {least}, {len(found.rows)} samples, {len(reference.rows)} real images, "
+                f"distances in {options.distances}"
+            ),
+            "kernel distance": (
+                f"degree {kernel_distance.DEGREE}, {kernel.num_subsets} subsets of "
+                f"{kernel.subset_size}"
+            ),
+        }
         labels = found.label, reference.label
         if labels[0] is not None and labels[1] is not None:
             by_class = class_frechet_distance(found.rows, labels[0], reference.rows, labels[1])
@@ -230,7 +262,7 @@ def _measured(
         values["class_accuracy"] = found.class_accuracy
     if any("fewer than" in note for note in notes):
         notes.append(f"what remains: {', '.join(x.replace('_', ' ') for x in values)}")
-    return values, notes
+    return values, how, notes
 
 
 def class_frechet_distance(
@@ -255,16 +287,6 @@ def class_frechet_distance(
     return float(np.mean(distances))
 
 
-def _too_few(*both: moments.Statistics | None) -> str | None:
-    for one in both:
-        if one is not None and one.count is not None and one.count < one.mean.size:
-            return (
-                f"{one.count} images are fewer than the {one.mean.size} features, so their "
-                "covariance is singular"
-            )
-    return None
-
-
 def _about(found: summary.Summary) -> dict[str, Setting]:
     facts: dict[str, Setting] = {
         "images": found.count,
@@ -274,24 +296,6 @@ def _about(found: summary.Summary) -> dict[str, Setting]:
         low, high = found.per_class
         facts["of each class"] = f"{low}" if low == high else f"{low} to {high}"
     return facts
-
-
-def _how(
-    found: summary.Summary, reference: reference_lib.Reference, options: Options
-) -> dict[str, Setting]:
-    if found.rows is None or reference.rows is None:
-        return {}
-    rows, real = len(found.rows), len(reference.rows)
-    return {
-        "precision and recall": (
-            f"k = {precision_recall.NUM_NEIGHBOURS}, {rows} samples, {real} real images, distances "
-            f"in {options.distances}"
-        ),
-        "kernel distance": (
-            f"degree {kernel_distance.DEGREE}, {options.num_subsets} subsets of "
-            f"{min(options.subset_size, rows, real)}"
-        ),
-    }
 
 
 def _short(count: int) -> str:

@@ -23,6 +23,7 @@ from arcond_jax.evaluation import image_sets, moments, scores
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.parallel import processes, stalling
 
+MAX_CLASSES = 1_000_000  # where nobody says how many there are
 Labelled = tuple[np.ndarray, np.ndarray | None]  # uint8 images and, where known, their classes
 Images = image_sets.ImageSet | Iterable[Labelled]
 Get = Callable[[int, int], UInt8[np.ndarray, "rows height width channels"]]
@@ -158,7 +159,6 @@ class _Checked:
         image, label = labelled
         image = self._pixels(image)
         self._take_label(label, len(image))
-        self._take_shape(image.shape[1:])
         return image
 
     def _pixels(self, image: np.ndarray) -> np.ndarray:
@@ -167,7 +167,8 @@ class _Checked:
                 f"The {self._what} must be uint8 [n, height, width, channels], got {image.dtype} "
                 f"{list(image.shape)}: convert them first."
             )
-        return image
+        self._take_shape(image.shape[1:])
+        return _in_channels(image, self.image_shape[-1], what=self._what)
 
     def _take_label(self, label: Int[np.ndarray, " n"] | None, count: int) -> None:
         self._label.append(label)
@@ -175,8 +176,8 @@ class _Checked:
             return
         if len(label) != count:
             raise ValueError(f"{count} images came with {len(label)} labels.")
-        most = self._num_classes
-        if label.min() < 0 or (most is not None and label.max() >= most):
+        most = self._num_classes or MAX_CLASSES
+        if label.min() < 0 or label.max() >= most:
             raise ValueError(
                 f"The labels span {label.min()} to {label.max()}, outside the {most} classes."
             )
@@ -184,12 +185,12 @@ class _Checked:
     def _take_shape(self, image_shape: tuple[int, ...]) -> None:
         image_sets.check_square(image_shape, where=f"the {self._what}")
         expected = self.image_shape or self._expected or image_shape
-        if tuple(image_shape) != tuple(expected):
+        if tuple(image_shape[:2]) != tuple(expected[:2]):
             raise ValueError(
                 f"The {self._what} are {list(image_shape)}, those of the reference "
                 f"{list(expected)}: they cannot be compared."
             )
-        self.image_shape = tuple(image_shape)
+        self.image_shape = tuple(expected)
 
 
 class _Gathered:
@@ -301,6 +302,23 @@ class _Gathered:
                 "the same network for both."
             )
         return width
+
+
+def _in_channels(
+    image: UInt8[np.ndarray, "n height width channels"], count: int, *, what: str
+) -> UInt8[np.ndarray, "n height width count"]:
+    """Grey images as 3 equal channels, and such images as grey ones."""
+    channels = image.shape[-1]
+    if channels == count:
+        return image
+    if channels == 1 and count == 3:
+        return np.repeat(image, 3, axis=-1)
+    if channels == 3 and count == 1 and np.all(image == image[..., :1]):
+        return image[..., :1]
+    raise ValueError(
+        f"The {what} have {channels} channels, those before them or of the reference {count}: they "
+        "cannot be compared."
+    )
 
 
 def spread(total: int, count: int) -> Int[np.ndarray, " rows"]:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
-from arcond_jax import atomic, build, checkpoint
+from arcond_jax import atomic, build, checkpoint, digest
 from arcond_jax.evaluation import reference as reference_lib
 from arcond_jax.evaluation import scoring
 from arcond_jax.parallel import processes, stalling
@@ -40,6 +40,12 @@ class Judge:
 
     network: evaluating.Network
     reference: reference_lib.Reference
+
+    @property
+    def identity(self) -> str:
+        """Digest of what scores depend on beside the images that are drawn."""
+        facts = {x: y for x, y in self.reference.facts.items() if not isinstance(y, float)}
+        return digest.of_json([facts, reference_lib.network_facts(self.network.extractor)])[:16]
 
 
 def check(config: build.Config) -> None:
@@ -84,6 +90,11 @@ def judge(config: build.Config, workdir: epath.PathLike) -> Judge | None:
         real = evaluating.real(config, network)
     if real.features is None:
         raise build.ConfigError(f"evaluation.reference {settings.reference} has no statistics")
+    if real.features.lack:
+        raise build.ConfigError(
+            f"evaluation.reference {settings.reference or 'None, the held-out images'}: "
+            f"{real.features.lack}; give one of more images"
+        )
     least = real.features.mean.size
     if settings.num_images < least:
         raise build.ConfigError(
@@ -170,6 +181,7 @@ class Best:
         self,
         workdir: epath.PathLike,
         trained: restoring.Trained,
+        judge: Judge,
         *,
         position: Callable[[], dict[str, Any]],
         saved_config: dict[str, Any],
@@ -179,6 +191,7 @@ class Best:
         Args:
           workdir: Of the run.
           trained: Where it begins or goes on.
+          judge: What scores it.
           position: That of the batches.
           saved_config: As checkpoints hold it.
         """
@@ -187,7 +200,7 @@ class Best:
         self._position = position
         settings = trained.config.evaluation.to_dict()
         del settings["every"]
-        self._settings = settings
+        self._settings = settings | {"judge": judge.identity}
         self._values = self._remembered(trained.step)
 
     def _remembered(self, step: int) -> dict[int, float]:

@@ -22,6 +22,7 @@ from arcond_jax.evaluation import frechet, jackknife, scoring, summary
 from arcond_jax.evaluation import reference as reference_lib
 from arcond_jax.parallel import processes
 from arcond_jax.run import drawing, evaluating, exclusive, refinement, restoring, sample_file
+from arcond_jax.transport import refiners
 
 TABLE = "sweep.json"
 KEPT = 2  # one of so many cells stays after a round of successive halving
@@ -166,6 +167,8 @@ class Sweep:
         self._network, self._seed, self._batch_size = network, seed, batch_size
         if reference.features is None:
             raise ValueError("the reference has no statistics of features to compare with")
+        if reference.features.lack:
+            raise ValueError(f"the reference: {reference.features.lack}; take one of more images")
         self._reference, self._real = dataclasses.replace(reference, rows=None), reference.features
         self._num_classes = config.data.num_classes
         self._values, self._out = values, epath.Path(out)
@@ -173,7 +176,12 @@ class Sweep:
         self._cells = []
         for settings in cells(config, values):
             changed = build.changed(config, settings)
-            refiner = refinement.load_refiner(trained, workdir, changed)
+            try:
+                refiner = refinement.load_refiner(trained, workdir, changed)
+            except build.ConfigError as error:
+                raise build.ConfigError(
+                    f"{settings}: {error}; or sweep without refinement, by transport.kind=none"
+                ) from None
             self._cells.append((settings, drawing.Drawer(trained, changed), refiner))
         self._made = self._made_from(trained)
         self._rows = self._there()
@@ -184,10 +192,15 @@ class Sweep:
         made |= {
             "seed": self._seed,
             "labels": "balanced",
+            **({"--batch_size": self._batch_size} if self._mixes_rows() else {}),
             **{f"network {k}": x for k, x in self._facts().items()},
             **{f"reference {k}": x for k, x in self._reference.facts.items()},
         }
         return json.loads(json.dumps(made))
+
+    def _mixes_rows(self) -> bool:
+        """Whether images depend on those that they are drawn with."""
+        return any(isinstance(refiner, refiners.InBatch) for _, _, refiner in self._cells)
 
     def _facts(self) -> Mapping[str, Any]:
         return reference_lib.network_facts(self._network.extractor)
@@ -199,8 +212,8 @@ class Sweep:
             return []
         try:
             table = json.loads(path.read_text())
-            made, rows = table["made"], [Row(**row) for row in table["rows"]]
-        except (ValueError, KeyError, TypeError):
+            made, rows = dict(table["made"]), [_row(**row) for row in table["rows"]]
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is no table of a sweep: name another folder") from None
         for name in sorted(made.keys() | self._made.keys()):
             was, now = made.get(name), self._made.get(name)
@@ -310,7 +323,9 @@ class Sweep:
         return evaluating.labels(num_images, self._num_classes, "balanced", seed=self._seed)
 
     def _called(self, num_images: int) -> str:
-        names = scoring.names(self._network.extractor, num_images, {SCORE: 0.0})
+        names = scoring.names(
+            self._network.extractor, num_images, {SCORE: 0.0}, reference=self._reference
+        )
         return names[SCORE]
 
     def _found(self) -> Found:
@@ -322,6 +337,18 @@ class Sweep:
         self._out.mkdir(parents=True, exist_ok=True)
         table = {"made": self._made, "rows": [dataclasses.asdict(row) for row in self._rows]}
         atomic.write_text(self._out / TABLE, json.dumps(table, indent=1) + "\n")
+
+
+def _row(
+    settings: dict[str, Any], left_out: list[float] | None, num_images: int, **numbers: float
+) -> Row:
+    """A row as it is read; raises an error of Python's where it is none."""
+    return Row(
+        settings=dict(settings.items()),
+        num_images=int(num_images),
+        left_out=None if left_out is None else [float(x) for x in left_out],
+        **{name: float(x) for name, x in numbers.items()},
+    )
 
 
 def _same(a: Settings, b: Settings) -> bool:

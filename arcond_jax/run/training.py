@@ -178,7 +178,9 @@ def _train(
 
     evaluate = None
     if judge is not None:
-        best = online.Best(workdir, trained, position=batches.get_state, saved_config=saved_config)
+        best = online.Best(
+            workdir, trained, judge, position=batches.get_state, saved_config=saved_config
+        )
         evaluate = online.Scores(trained, judge, batches.captions, best)
     writers = []
     if processes.is_first():

@@ -61,6 +61,20 @@ def test_a_model_is_scored_as_its_samples_are(workdir, real, tmp_path, capsys):
     assert of_model["reference"]["images"] == 360
 
 
+def test_a_folder_is_scored_as_its_file(workdir, tmp_path):
+    pngs = tmp_path / "s"
+    given = ["--num_images", 40, "--out", tmp_path / "s.npz", "--png_dir", pngs]
+    call("sample", "--checkpoint", workdir, PLAIN, *given)
+    call("evaluate", "--checkpoint", workdir, PLAIN, "--samples", pngs)
+    with np.load(tmp_path / "s.npz") as held:
+        np.savez(tmp_path / "foreign.npz", arr_0=held["arr_0"])
+    call("evaluate", "--checkpoint", workdir, PLAIN, "--samples", tmp_path / "foreign.npz")
+    names = ("s.images.card.json", "foreign.card.json")
+    cards = [json.loads((tmp_path / name).read_text()) for name in names]
+    assert cards[0]["measurements"] == cards[1]["measurements"]
+    assert cards[0]["reference"]["split"] == "held_out"
+
+
 def test_held_out_images_are_the_reference_where_none_is_given(workdir, tmp_path):
     call("evaluate", "--checkpoint", workdir, PLAIN, "--num_images", 40, "--labels", "drawn")
     card = json.loads((workdir / "evaluation.card.json").read_text())
@@ -80,6 +94,9 @@ def test_held_out_images_are_the_reference_where_none_is_given(workdir, tmp_path
         ("--samples S --inception I", "--reference is missing: real images to compare with"),
         ("--samples S --checkpoint W --labels drawn", "--labels does nothing without --num_images"),
         ("--samples S --checkpoint W --dtype bfloat16", "--dtype does nothing without --inception"),
+        ("--samples S --checkpoint W --distances float16", "--distances does nothing for samples"),
+        ("--samples S --checkpoint W --allow_singular", "--allow_singular does nothing for samp"),
+        ("--samples S --checkpoint W --out D/no/x.json", "does not exist: create it first"),
         ("--checkpoint W --num_images 1", "--num_images must be at least 2"),
         ("--checkpoint W --num_images 9 --seed -1", "seed -1 must be from 0"),
         ("--checkpoint W --num_images 9", "has no calibrated refiner: run `arcond calibrate"),
@@ -91,6 +108,7 @@ def test_evaluate_refuses_in_one_line(arguments, message, finished, tmp_path, ca
     some_samples(tmp_path / "s.npz")
     places = {"S": tmp_path / "s.npz", "W": finished, "N": tmp_path / "none.npz", "I": tmp_path}
     words = ["evaluate", *(places.get(word, word) for word in arguments.split())]
+    words = [str(word).replace("D/", f"{tmp_path}/") for word in words]
     assert_one_line(words, capsys, tmp_path, message)
 
 
@@ -102,6 +120,7 @@ def test_evaluate_refuses_in_one_line(arguments, message, finished, tmp_path, ca
         ("--npz S --inception W --image_size 8", "--image_size does nothing without --images"),
         ("--images D --inception W --resize fast", "--resize does nothing without --image_size"),
         ("--npz S --inception W --num_features -1", "--num_features must be at least 0"),
+        ("--npz S --inception W --num_features 5", "--num_features does nothing with --npz"),
         ("--npz S --inception W", "holds no Inception weights"),
     ],
 )

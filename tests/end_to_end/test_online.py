@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tiny
 
@@ -86,7 +87,7 @@ def test_told_to_stop_nothing_is_scored(scored):
     trained = restoring.restore(scored, config=config())
     judge = online.judge(trained.config, scored)
     assert judge is not None
-    best = online.Best(scored, trained, position=lambda: {}, saved_config={})
+    best = online.Best(scored, trained, judge, position=lambda: {}, saved_config={})
     scores = online.Scores(trained, judge, None, best)
     state = build.train_state(trained.config, trained.mesh)
     assert scores(6, state, lambda: True) == {}
@@ -97,10 +98,12 @@ def test_a_worse_one_or_one_of_other_settings_is_not_compared(scored, tmp_path):
     shutil.copytree(scored / online.BEST, workdir / online.BEST)
     trained = restoring.restore(scored, config=config())
     state = build.train_state(trained.config, trained.mesh)
+    judge = online.judge(trained.config, scored)
+    assert judge is not None
 
-    def best(*more, step=6):
+    def best(*more, step=6, judge=judge):
         changed = dataclasses.replace(trained, config=config(*more), step=step)
-        return online.Best(workdir, changed, position=lambda: {}, saved_config={})
+        return online.Best(workdir, changed, judge, position=lambda: {}, saved_config={})
 
     value = record(scored)["value"]
     assert not best().offer(7, state, value + 1.0)
@@ -110,6 +113,9 @@ def test_a_worse_one_or_one_of_other_settings_is_not_compared(scored, tmp_path):
     found = json.loads(path.read_text())
     path.write_text(json.dumps(found | {"values": found["values"] | {"5": value - 1.0}}))
     assert not best().offer(7, state, value + 1.0)
+    facts = judge.reference.facts | {"images": 7}
+    other = dataclasses.replace(judge, reference=dataclasses.replace(judge.reference, facts=facts))
+    assert other.identity != judge.identity
     # One of more images is another number, and what was best in a future that was left is gone.
     assert best("evaluation.num_images=90").offer(7, state, value + 1.0)
     assert record(workdir)["value"] == value + 1.0
@@ -118,7 +124,11 @@ def test_a_worse_one_or_one_of_other_settings_is_not_compared(scored, tmp_path):
     assert sorted(x.name for x in (workdir / "best/checkpoints").iterdir()) == ["6"]
 
 
-def test_fewer_images_than_features_are_refused(scored):
+def test_fewer_images_than_features_are_refused(scored, tmp_path):
+    few = tmp_path / "few.npz"
+    np.savez(few, arr_0=np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), np.uint8))
+    with pytest.raises(ValueError, match="10 images are fewer than the 32 features"):
+        online.judge(config(f"evaluation.reference={few}"), scored)
     with pytest.raises(ValueError, match="num_images 3 must be at least 32, the features"):
         online.judge(config("evaluation.num_images=3"), scored)
 

@@ -131,8 +131,8 @@ def test_another_batch_may_go_on(finished, whole, stopped):
     ("more", "message"),
     [
         (["--seed", "1"], "12 images of an unfinished run whose labels"),
-        (["--num_images", "41"], "whose labels"),
-        (["--config.sampling.code_temperature=0.5"], "whose metadata"),
+        (["--num_images", "41"], "whose number of images is 40, here it is 41"),
+        (["--config.sampling.code_temperature=0.5"], "whose code_temperature is 1.0"),
         (["--label", "3"], "whose labels"),
     ],
 )

@@ -102,6 +102,41 @@ def test_what_is_wrong_is_one_line_and_draws_nothing(
     assert (swept / sweep.TABLE).read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", [{"rows": []}, {"made": 3}, {"rows": [{"settings": []}]}, 3])
+def test_a_damaged_table_is_one_line(damage, swept, scored, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    out.mkdir()
+    whole = table(swept)
+    damaged = damage if damage == 3 else whole | damage
+    if damage == {"rows": []}:  # in one of its rows
+        damaged["rows"] = [whole["rows"][0] | {"left_out": 5}]
+    (out / sweep.TABLE).write_text(json.dumps(damaged))
+    assert run(scored, out) == 2
+    assert "is no table of a sweep: name another" in capsys.readouterr().err
+
+
+def test_what_belongs_to_a_batch_goes_on_with_it_alone(scored, tmp_path, monkeypatch, capsys):
+    """Images that are refined together depend on how many there are."""
+    row = dict(settings={}, num_images=40, frechet_distance=1.0, left_out=None)
+    row |= dict(inception_score=1.0, seconds=1.0)
+    monkeypatch.setattr(
+        sweep.Sweep, "_score", lambda self, i, _: sweep.Row(**row | {"settings": self._cells[i][0]})
+    )
+    refined = "--config.transport.kind=in_batch"
+    out = tmp_path / "sweep"
+    assert run(scored, out, refined, "--batch_size", 20) == 0
+    assert run(scored, out, refined, "--batch_size", 20) == 0
+    assert run(scored, out, refined, "--batch_size", 40) == 2
+    assert "whose --batch_size is 20, here it is 40" in capsys.readouterr().err
+
+
+def test_a_reference_of_few_images_is_refused(scored, tmp_path, capsys):
+    few = tmp_path / "few.npz"
+    np.savez(few, arr_0=np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), np.uint8))
+    assert run(scored, tmp_path / "sweep", "--reference", few) == 2
+    assert "10 images are fewer than the 32 features" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("cells", "images", "least", "expected"),
     [

@@ -67,7 +67,7 @@ def test_what_follows_a_damaged_batch_is_drawn_again(damage, path):
     ("other", "message"),
     [
         ({"seed": 2}, "3 images of an unfinished run whose seed is 1, here it is 2: go on"),
-        ({"sampling": {}}, "whose sampling is {'guidance_scale': 1.5}, here it is {}"),
+        ({"sampling": {}}, "whose guidance_scale is 1.5, here it is nothing"),
         ({"mask": 3}, "whose mask is nothing, here it is 3"),
     ],
 )

@@ -104,6 +104,8 @@ def test_what_cannot_be_compared_is_one_line(network, real, tmp_path):
         (lambda: saved(mu=mu, sigma=sigma[:3]), "sigma float64 \\[3, 12\\]"),
         (lambda: saved(mu=mu, sigma=bad), "mu or sigma is not finite"),
         (lambda: saved(mu=mu), "lacks sigma"),
+        (lambda: saved(mu=mu, sigma=np.triu(sigma)), "sigma is no covariance"),
+        (lambda: saved(mu=mu, sigma=sigma - np.trace(sigma) * np.eye(12)), "no covariance"),
         (lambda: saved(mu=mu[:5], sigma=sigma[:5, :5], arr_0=IMAGE), "5 features, the network has"),
         (lambda: saved(x=mu), "lacks arr_0"),
         (lambda: broken(card="[1]"), "its card must be one JSON object"),

@@ -157,6 +157,27 @@ def test_only_one_number_is_called_fid(count, options, wanted):
     assert tuple(called[key] for key in keys) == wanted
 
 
+def test_few_images_are_told_by_every_name_that_depends_on_them(real):
+    keys = ("frechet_distance", "inception_score", "precision", "kernel_distance")
+    called = scoring.names(
+        fake_inception(published=True, dtype="bfloat16"),
+        1_000,
+        dict.fromkeys(keys, 0.0),
+        reference=real,
+    )
+    assert tuple(called[key] for key in keys) == (
+        "FID-1k (bfloat16, to 300 images)",
+        "Inception Score-1k (bfloat16)",
+        "precision (bfloat16, to 300 images)",
+        "KID (bfloat16)",
+    )
+
+
+def test_two_images_leave_nothing_of_neighbours_on_the_card(network, real):
+    card = scoring.score([(DRAWN[0:2], None)], network, real)
+    assert not {"precision and recall", "kernel distance"} & card.measured_with.keys()
+
+
 def test_other_networks_have_a_frechet_distance(network):
     called = scoring.names(network, 50_000, {"frechet_distance": 0.0})
     assert called == {"frechet_distance": "Frechet distance (not FID: other features)"}

@@ -111,6 +111,21 @@ class Broken:
         return features.Outputs(rows, rows[:, :5])
 
 
+def test_grey_images_are_colours_that_are_equal(images, network):
+    grey = images[0][..., :1]
+    in_colour = np.repeat(grey, 3, axis=-1)
+    for network_of, given, equal in (
+        (network, grey, in_colour),
+        (toy_network.make(pixels=4 * 4), in_colour, grey),
+    ):
+        wanted = summary.summarise([(equal, None)], network_of)
+        found = summary.summarise([(given, None)], network_of, image_shape=equal.shape[1:])
+        np.testing.assert_array_equal(found.rows, wanted.rows)
+        assert found.image_shape == equal.shape[1:]
+    with pytest.raises(ValueError, match="images have 3 channels, those before them or of the ref"):
+        summary.summarise([(images[0], None)], network, image_shape=(4, 4, 1))
+
+
 def test_bad_images_are_one_line(images, network):
     image, label = images
     few = image[:9]
