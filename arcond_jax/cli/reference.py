@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of = parser.add_mutually_exclusive_group(required=True)
     of.add_argument("--config", metavar="FILE[:VARIANT]", help="whose data section is read")
     of.add_argument("--images", type=paths.file, help="folder of images, at any depth")
-    of.add_argument("--npz", type=paths.file, help="file with images or statistics, as ADM's")
+    of.add_argument("--npz", type=paths.place, help="file with images or statistics, as ADM's")
     parser.add_argument("--split", choices=("train", "held_out"), help="default: train")
     parser.add_argument("--image_size", type=int, help="crop and scale --images to it")
     parser.add_argument("--resize", choices=images_lib.RESIZES, help="how; default: adm")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"images whose features are kept; default: {reference_lib.KEPT}",
     )
-    parser.add_argument("--out", required=True, type=paths.file, help=".npz to write")
+    parser.add_argument("--out", required=True, type=paths.place, help=".npz to write")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--halving", action="store_true", help="few images first, then the best")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, help="default: as memory allows")
-    parser.add_argument("--reference", type=paths.file, help=".npz, or a folder of images")
+    parser.add_argument("--reference", type=paths.place, help=".npz, or a folder of images")
     evaluate.add_network_arguments(parser)
     parser.add_argument("--out", required=True, type=paths.folder, help="folder to write")
 

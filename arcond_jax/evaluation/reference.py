@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -176,9 +175,9 @@ def write(path: str | os.PathLike, reference: Reference) -> None:
     atomic.write_text(card_path(path), card)
 
 
-def card_path(path: str | os.PathLike) -> pathlib.Path:
+def card_path(path: str | os.PathLike) -> epath.Path:
     """The card beside a reference."""
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     return path.with_name(path.name.removesuffix(".npz") + ".card.json")
 
 

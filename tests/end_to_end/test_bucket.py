@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import toy_network
 from etils import epath
 from test_run import interrupt, rows_without_time
 
 from arcond_jax import build, checkpoint
 from arcond_jax.cli import main
-from arcond_jax.evaluation import samples
+from arcond_jax.evaluation import image_sets, reference, samples
 from arcond_jax.run import exclusive, restoring, training
 from arcond_jax.training import writer
 
@@ -83,6 +84,16 @@ def test_it_is_calibrated_and_sampled_there(run, capsys):
     assert epath.Path(sheet).read_bytes().startswith(b"\x89PNG")
     assert main.main(["evaluate", "--samples", out, "--checkpoint", str(run)]) == 0
     assert json.loads(epath.Path("gs://bucket/drawn.card.json").read_text())["measurements"]
+
+
+def test_a_reference_lies_there_too(run):
+    network = toy_network.make(pixels=8 * 8)
+    image = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    made = reference.measure(image_sets.Array(image), network)
+    path = epath.Path("gs://bucket/reference.npz")
+    reference.write(path, made)
+    assert epath.Path("gs://bucket/reference.card.json").exists()
+    np.testing.assert_array_equal(reference.read(path, network).rows, made.rows)
 
 
 def test_a_first_checkpoint_that_was_never_whole_is_begun_again(impatient):

@@ -11,7 +11,7 @@ from arcond_jax.evaluation import features, image_sets, inception, summary
 from arcond_jax.nn.inception import folded
 from arcond_jax.parallel import mesh as mesh_lib
 
-TOYS = pathlib.Path(__file__).parents[1] / "evaluation"
+TOYS = pathlib.Path(__file__).parents[1]
 READ = """
 import argparse
 import sys
