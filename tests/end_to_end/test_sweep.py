@@ -1,5 +1,6 @@
 """Sweeps: paired, gone on with, and what a score says of its error."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -102,17 +103,23 @@ def test_what_is_wrong_is_one_line_and_draws_nothing(
     assert (swept / sweep.TABLE).read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [{"rows": []}, {"made": 3}, {"rows": [{"settings": []}]}, 3])
-def test_a_damaged_table_is_one_line(damage, swept, scored, tmp_path, capsys):
-    out = tmp_path / "sweep"
-    out.mkdir()
+def test_a_damaged_table_is_one_line(swept, tmp_path):
+    made = object.__new__(sweep.Sweep)
     whole = table(swept)
-    damaged = damage if damage == 3 else whole | damage
-    if damage == {"rows": []}:  # in one of its rows
-        damaged["rows"] = [whole["rows"][0] | {"left_out": 5}]
-    (out / sweep.TABLE).write_text(json.dumps(damaged))
-    assert run(scored, out) == 2
-    assert "is no table of a sweep: name another" in capsys.readouterr().err
+    made._out, made._made = tmp_path, whole["made"]
+    row = whole["rows"][0]
+    for damaged in (
+        3,
+        whole | {"made": 3},
+        whole | {"rows": [{"settings": []}]},
+        whole | {"rows": [row | {"left_out": 5}]},
+        whole | {"rows": [row | {"frechet_distance": None}]},
+    ):
+        (tmp_path / sweep.TABLE).write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match="is no table of a sweep: name another folder"):
+            made._there()
+    (tmp_path / sweep.TABLE).write_text(json.dumps(whole))
+    assert [dataclasses.asdict(x) for x in made._there()] == whole["rows"]
 
 
 def test_what_belongs_to_a_batch_goes_on_with_it_alone(scored, tmp_path, monkeypatch, capsys):
