@@ -30,7 +30,9 @@ parse_options "${OTHERS[@]+"${OTHERS[@]}"}"
 ((${#OPERANDS[@]} <= 1)) || fail "too many words, ${OPERANDS[*]}: give train or preflight"
 load_settings PROJECT CLUSTER LOCATION NAME ACCELERATOR TOPOLOGY NUM_SLICES IMAGE CONFIG WORKDIR \
   BUCKET MAX_RESTARTS GRACE_SECONDS
+check_workdir
 load_accelerator
+check_nodes
 load_flags
 load_command "${OPERANDS[0]:-train}"
 if [[ -n $LIBTPU_INIT_ARGS ]]; then

@@ -31,7 +31,9 @@ source "$1/prelude.sh"
 SETTINGS=$2
 load_settings NAME ACCELERATOR TOPOLOGY NUM_SLICES PROVISIONING IMAGE CONFIG WORKDIR BUCKET \
   MAX_RESTARTS GRACE_SECONDS
+check_workdir
 load_accelerator
+check_nodes
 load_flags
 load_command "$3"
 printf '%s\0' "$NAME" "$TOPOLOGY" "$NUM_SLICES" "$PROVISIONING" "$IMAGE" "$MAX_RESTARTS" \
@@ -151,8 +153,8 @@ def manifest(
         max_restarts=max_restarts,
         grace_seconds=grace_seconds,
         label=label,
-        num_nodes=max(1, int(chips) // CHIPS_PER_NODE),
-        chips_per_node=min(int(chips), CHIPS_PER_NODE),
+        num_nodes=int(chips) // CHIPS_PER_NODE,
+        chips_per_node=CHIPS_PER_NODE,
         command=json.dumps(command),
         spot=SPOT if provisioning == "spot" else "",
         env=ENV.format(json.dumps(flags)) if flags else "",

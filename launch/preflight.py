@@ -10,6 +10,7 @@ after which nothing starts it again.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -25,7 +26,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
+from arcond_jax.parallel import census
+
 PACKAGES = ("arcond-jax", "jax", "jaxlib", "libtpu", "flax", "orbax-checkpoint", "gcsfs")
+TIMEOUT = 120  # seconds that the hosts have to come
 SKEW = 5.0  # seconds between clocks: more, and times in logs and of tokens mislead
 
 
@@ -35,21 +39,17 @@ class CheckError(Exception):
 
 def join() -> str:
     """Makes the processes one program, as `arcond` does."""
-    address, count, index = (
-        os.environ.get(name)
-        for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    place = census.place(None, None, None, timeout=TIMEOUT)
+    if place is None:
+        return "alone"
+    census.hold(place, {}, host=socket.gethostname(), timeout=TIMEOUT)
+    jax.distributed.initialize(
+        place.coordinator_address,
+        place.num_processes,
+        place.process_id,
+        place.local_device_ids,
+        cluster_detection_method="deactivate",
     )
-    if address and count and index:
-        jax.distributed.initialize(address, int(count), int(index))
-    elif address or count or index:
-        raise CheckError(
-            "of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID some are set: set all"
-        )
-    else:
-        try:
-            jax.distributed.initialize()
-        except ValueError:  # jax finds no others
-            return "alone"
     return f"{jax.process_count()} processes"
 
 
@@ -150,6 +150,28 @@ def bucket(folder: epath.Path) -> str:
     return f"1 MiB to {folder} and back in {time.perf_counter() - start:.1f} s"
 
 
+def shared(folder: epath.Path) -> str:
+    """Whether all hosts see there what process 0 writes; none waits for one that cannot."""
+    name = np.frombuffer(uuid.uuid4().bytes, np.uint32)
+    first = multihost_utils.broadcast_one_to_all(name) if jax.process_count() > 1 else name
+    path = folder / f"preflight_{np.asarray(first).tobytes().hex()}"
+    if jax.process_index() == 0:
+        with contextlib.suppress(Exception):  # the check of the bucket says why
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text("of process 0")
+    multihost_utils.sync_global_devices("written")
+    is_there = False
+    with contextlib.suppress(Exception):
+        is_there = path.exists()
+    multihost_utils.sync_global_devices("seen")
+    if jax.process_index() == 0:
+        with contextlib.suppress(Exception):
+            path.unlink(missing_ok=True)
+    if not is_there:
+        raise CheckError(f"what process 0 writes to {folder} is not there: share it, or use gs://")
+    return f"{folder} is one folder for all"
+
+
 def data(folder: epath.Path) -> str:
     """Whether the data are where the config will look."""
     if not folder.exists():
@@ -182,6 +204,7 @@ def main(argv: list[str]) -> int:
         ("memory", memory),
     ]
     if args.bucket is not None:
+        checks.insert(4, ("shared", lambda: shared(args.bucket)))
         checks.append(("bucket", lambda: bucket(args.bucket)))
     if args.data is not None:
         checks.append(("data", lambda: data(args.data)))

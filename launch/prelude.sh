@@ -7,7 +7,7 @@ SETTINGS=$LAUNCH/settings.sh
 DRY_RUN=""
 
 fail() { # what is wrong, where, what to do
-  printf '%s: %s\n' "$(basename -- "$0")" "$1" >&2
+  printf '%s: %s\n' "$(basename -- "$0")" "$*" >&2
   exit 2
 }
 
@@ -90,6 +90,10 @@ load_settings() { # the names that must have a value
     [[ ${!name:-1} =~ ^[0-9]+$ ]] || fail "$name=${!name} in $SETTINGS is no number: give one"
   done
   ((${NUM_SLICES:-1} > 0)) || fail "NUM_SLICES=$NUM_SLICES in $SETTINGS: there is at least one"
+  case ${PROVISIONING:-on-demand} in
+    on-demand | spot | reserved) ;;
+    *) fail "PROVISIONING=$PROVISIONING in $SETTINGS is none of on-demand, spot and reserved" ;;
+  esac
   case ${FLAGS:-off} in on | off) ;; *) fail "FLAGS=$FLAGS in $SETTINGS is neither off nor on" ;; esac
 }
 
@@ -121,6 +125,15 @@ load_accelerator() {
   size=$((CHIPS * cores))
   [[ $ACCELERATOR == "$GENERATION-$size" ]] ||
     fail "TOPOLOGY=$TOPOLOGY is $GENERATION-$size, but ACCELERATOR=$ACCELERATOR in $SETTINGS: change one"
+}
+
+check_nodes() { # of GKE, whose machines above have four chips
+  ((CHIPS % 4 == 0)) || fail "TOPOLOGY=$TOPOLOGY in $SETTINGS is not of whole nodes, 4 chips each"
+}
+
+check_workdir() { # of a container, which goes with all that is in it
+  [[ $WORKDIR == gs://* ]] || fail "WORKDIR=$WORKDIR in $SETTINGS would be lost with its container, and" \
+    "each host would have its own: name one in a bucket, gs://..."
 }
 
 load_flags() { # LIBTPU_INIT_ARGS is empty unless FLAGS=on

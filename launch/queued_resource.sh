@@ -19,13 +19,13 @@ source "$LAUNCH/workers.sh"
 parse_options "$@"
 load_settings PROJECT ZONE NAME ACCELERATOR TOPOLOGY PROVISIONING IMAGE CONFIG WORKDIR BUCKET \
   MAX_RESTARTS GRACE_SECONDS
+check_workdir
 load_accelerator
 load_flags
 case $PROVISIONING in
   on-demand) PROVISION=() ;;
   spot) PROVISION=(--spot) ;;
   reserved) PROVISION=(--reserved) ;;
-  *) fail "PROVISIONING=$PROVISIONING in $SETTINGS is none of on-demand, spot and reserved" ;;
 esac
 
 resources() { # a verb of gcloud, its arguments

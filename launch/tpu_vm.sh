@@ -18,6 +18,7 @@ source "$LAUNCH/workers.sh"
 parse_options "$@"
 load_settings PROJECT ZONE NAME ACCELERATOR TOPOLOGY IMAGE CONFIG WORKDIR BUCKET \
   MAX_RESTARTS GRACE_SECONDS
+check_workdir
 load_accelerator
 load_flags
 ((${NUM_SLICES:-1} == 1)) || fail "NUM_SLICES=$NUM_SLICES in $SETTINGS: use launch/queued_resource.sh"

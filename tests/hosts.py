@@ -20,7 +20,9 @@ def free_port():
         return opened.getsockname()[1]
 
 
-def start(*arguments, program=("-m", "arcond_jax"), count=2, devices=None, numbers=None):
+def start(
+    *arguments, program=("-m", "arcond_jax"), count=2, devices=None, numbers=None, folders=None
+):
     """The processes of one program.
 
     Args:
@@ -28,6 +30,7 @@ def start(*arguments, program=("-m", "arcond_jax"), count=2, devices=None, numbe
       count: How many there are.
       devices: CPU devices of each; None for its part of eight.
       numbers: Those that are started; None for all.
+      folders: In which each runs; None for this one.
     """
     flag = f"--xla_force_host_platform_device_count={devices or 8 // count}"
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", flag, os.environ["XLA_FLAGS"])
@@ -36,6 +39,7 @@ def start(*arguments, program=("-m", "arcond_jax"), count=2, devices=None, numbe
     return [
         subprocess.Popen(
             [sys.executable, *program, *map(str, arguments)],
+            cwd=None if folders is None else folders[number],
             env={**os.environ, "XLA_FLAGS": flags, **there, "JAX_PROCESS_ID": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -11,9 +11,11 @@ from typing import Any
 
 import arcond_jax
 from arcond_jax import build, checkpoint
+from arcond_jax.parallel import processes
 from arcond_jax.training import loop
 
 REFUSED, UNFORESEEN, INTERRUPTED = 2, 1, 130  # exit codes
+LOST = 134  # another process is gone; what jax ends with where it hears of that first (SIGABRT)
 STOPPED = 75  # told to stop, and saved: the same command goes on; EX_TEMPFAIL of sysexits.h
 PACKAGE = pathlib.Path(arcond_jax.__file__).parent
 
@@ -32,6 +34,8 @@ def guarded(command: str, run: Callable[[], int | None]) -> tuple[int, str | Non
         message, code = "interrupted", INTERRUPTED
     except Exception as error:
         message, code = _explained(error), REFUSED
+        if lost := processes.lost_another(error):
+            message, code = f"another process is gone, start all again ({lost[:200]})", LOST
         if message is None:
             message, code = _unforeseen(command, error), UNFORESEEN
     line = f"arcond {command}: {message}"

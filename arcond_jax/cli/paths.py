@@ -11,13 +11,22 @@ from etils import epath
 
 
 def folder(text: str) -> epath.Path:
-    """A folder, on this machine or in a bucket."""
-    return epath.Path(text).expanduser()
+    """A folder, on this machine or in a bucket.
+
+    Raises:
+      argparse.ArgumentTypeError: It is an address of another kind.
+    """
+    try:
+        return epath.Path(text).expanduser()
+    except KeyError:  # of etils
+        raise argparse.ArgumentTypeError(
+            f"{text} is no place known here: name one on this machine, or gs://..."
+        ) from None
 
 
 def place(text: str) -> epath.Path:
-    """A file, on this machine or in a bucket."""
-    return epath.Path(text).expanduser()
+    """A file, on this machine or in a bucket; errors as of `folder`."""
+    return folder(text)
 
 
 def file(text: str) -> pathlib.Path:

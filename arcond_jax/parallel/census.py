@@ -87,10 +87,17 @@ def place(
             f"{missing} must be given too: all three, as flags or as JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         )
+    if count < 1:
+        raise CensusError(f"--num_processes {count} must be at least 1")
     if not 0 <= number < count:
         raise CensusError(f"--process_id {number} must be from 0 to --num_processes {count} - 1")
-    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
-        raise CensusError(f"--coordinator_address {address} must be HOST:PORT, of process 0")
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host or (not bracketed and {":", "/"} & {*host}) or not _is_port(port):
+        raise CensusError(
+            f"--coordinator_address {address} must be HOST:PORT or [IPv6]:PORT, of process 0, "
+            "PORT from 1 to 65535"
+        )
     return Place(address, count, number, None if local is None else tuple(local))
 
 
@@ -98,9 +105,13 @@ def _given(variable: str) -> int | None:
     text = os.environ.get(variable)
     if not text:
         return None
-    if not text.isdigit():
-        raise CensusError(f"{variable}={text} must be a number")
+    if not (text.isascii() and text.isdigit()):
+        raise CensusError(f"{variable}={text} must be a whole number, at least 0")
     return int(text)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and 0 < int(text) < 2**16
 
 
 def hold(place: Place, about: Mapping[str, str], *, host: str, timeout: float) -> None:

@@ -21,6 +21,17 @@ from arcond_jax.parallel import mesh as mesh_lib
 DAY = 24 * 60 * 60 * 1000  # milliseconds
 _meetings = itertools.count()
 
+# What gRPC, the coordination service and the collectives of a CPU say of a peer that is gone.
+LOST = (
+    "Gloo",
+    "Connection reset by peer",
+    "Connection closed by peer",
+    "Socket closed",
+    "coordination service",
+    "heartbeat",
+    "UNAVAILABLE",
+)
+
 
 def are_several() -> bool:
     """Whether this process is one of several; asks for no device."""
@@ -140,6 +151,15 @@ def together() -> None:
     """
     if are_several():
         client().wait_at_barrier(f"together {next(_meetings)}", DAY)
+
+
+def lost_another(error: BaseException | None) -> str | None:
+    """What an error, or one that it came from, says of a process that is gone; None for others."""
+    while are_several() and error is not None:
+        if error.__cause__ is None and any(mark in str(error) for mark in LOST):
+            return " ".join(str(error).split())
+        error = error.__cause__
+    return None
 
 
 def client() -> Any:

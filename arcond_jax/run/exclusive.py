@@ -18,16 +18,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from arcond_jax import atomic, build, caches, digest
 from arcond_jax.evaluation import part
+from arcond_jax.parallel import processes
 from arcond_jax.training import stopping
 
 BEAT = 20.0  # seconds between two changes of the file in a bucket
 DEAD = 3 * BEAT  # without a change; clocks of machines are not compared
 SETTLED = 3.0  # seconds until of two runs that start at once one sees the other
-LOCK = ".lock"
+LOCK, TOKEN = ".lock", ".shared"
+SHARED = (
+    60.0  # seconds until what one host writes is seen by all; NFS may remember a folder so long
+)
 
 
 @contextlib.contextmanager
@@ -37,13 +42,42 @@ def only_run(workdir: epath.Path) -> Iterator[None]:
     In a bucket a run whose predecessor was killed waits for `DEAD` seconds before it goes on.
 
     Raises:
-      build.ConfigError: Another run is training there, or nothing can be written there.
+      build.ConfigError: Another run is training there, nothing can be written there, or it is not
+        the same one for all processes.
     """
-    if jax.process_index() != 0:
+    with contextlib.ExitStack() as stack:
+        if processes.is_first():
+            in_bucket = "://" in str(workdir)
+            stack.enter_context(_in_bucket(workdir) if in_bucket else _on_disk(workdir))
+        if processes.are_several():
+            _check_shared(workdir)
         yield
-        return
-    with _in_bucket(workdir) if "://" in str(workdir) else _on_disk(workdir):
-        yield
+
+
+def _check_shared(workdir: epath.Path) -> None:
+    path = workdir / TOKEN
+
+    def write() -> np.ndarray:
+        token = np.frombuffer(os.urandom(16), np.uint32)
+        atomic.write_text(path, token.tobytes().hex())
+        return token
+
+    token = processes.from_first(write, jax.ShapeDtypeStruct((4,), np.uint32))
+    wanted, deadline, seen = np.asarray(token).tobytes().hex(), time.monotonic() + SHARED, False
+    while not seen and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            seen = path.read_text() == wanted
+        if not seen:
+            time.sleep(0.2)
+    each = processes.each({"seen": np.asarray([seen], np.uint32)})
+    blind = [str(number) for number, there in enumerate(each) if not there["seen"][0]]
+    if processes.is_first():
+        path.unlink(missing_ok=True)
+    if blind:
+        raise build.ConfigError(
+            f"{workdir} is not one folder for all hosts: what process 0 writes there is not seen "
+            f"by process {', '.join(blind)}; use a file system that they share, or a bucket"
+        )
 
 
 @contextlib.contextmanager

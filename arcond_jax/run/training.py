@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import clu.parameter_overview
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -137,6 +139,19 @@ def _warn_of_held_out(config: build.Config) -> None:
         logging.warning("the held-out images cannot be used to evaluate this run: %s", error)
 
 
+def _check_space(workdir: epath.Path, state: state_lib.TrainState) -> None:
+    """Of several processes the others would wait for one that cannot write."""
+    if not processes.are_several() or "://" in str(workdir):
+        return
+    needed = sum(x.nbytes for x in jax.tree.leaves(state))
+    is_short = processes.is_first() and shutil.disk_usage(workdir).free < needed
+    if processes.anywhere(is_short):
+        raise checkpoint.CheckpointError(
+            f"{workdir}: no space left for a checkpoint of {needed / 2**20:.3g} MiB: free some, "
+            "and start again"
+        )
+
+
 def _train(
     trained: restoring.Trained,
     workdir: epath.Path,
@@ -154,6 +169,7 @@ def _train(
     saved_config = saved_lib.dump(config, batches.class_names, tokenizer_sha256=sha256)
 
     def save(step: int, state: state_lib.TrainState) -> None:
+        _check_space(workdir, state)
         checkpoints.save(
             step,
             state=state,

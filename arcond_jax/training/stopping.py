@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from arcond_jax.parallel import processes
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a scheduler, Ctrl-C, a closed terminal
 
 
@@ -16,7 +18,8 @@ class Stop:
     """Turns SIGTERM, SIGINT and SIGHUP into a flag while it is entered, however often they come.
 
     A signal that the process ignores (SIGHUP under nohup) stays ignored. Python hands signals to
-    its main thread alone, so in another thread nothing is held.
+    its main thread alone, so in another thread nothing is held. Of several processes none heeds a
+    signal afterwards: one that ended before the others would have them fail.
 
     Attributes:
       signal: Name of the first signal that came; None before.
@@ -29,6 +32,7 @@ class Stop:
         self.unsaved = False
         self.is_writing: Callable[[], bool] = lambda: False
         self._heard = 0
+        self._over = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
@@ -42,6 +46,9 @@ class Stop:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if processes.are_several():  # all is saved, and they wait for each other to end
+            self._over = True
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -54,6 +61,8 @@ class Stop:
           Whether to end the process: a later SIGINT, where nothing would be lost. Waits until what
           is being written is whole.
         """
+        if self._over:
+            return False
         self._heard += 1
         if self._heard == 1:
             again = "" if self.unsaved else "; Ctrl-C ends it at once"

@@ -14,6 +14,7 @@ import pytest
 
 from arcond_jax import build, checkpoint
 from arcond_jax.cli import failing
+from arcond_jax.parallel import processes
 
 
 def raised(error):
@@ -32,6 +33,20 @@ def line_of(capsys):
 def test_a_refusal_is_one_line(capsys):
     assert failing.guarded("sample", raised(build.ConfigError("one\ntwo")))[0] == 2
     assert line_of(capsys) == "arcond sample: one two\n"
+
+
+def test_who_is_gone_is_no_fault_of_the_others(capsys, monkeypatch):
+    def run():
+        try:
+            raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+        except ValueError as error:
+            raise checkpoint.CheckpointError("Writing failed: free space") from error
+
+    assert failing.guarded("sample", run)[0] == failing.REFUSED  # one process has no others
+    capsys.readouterr()
+    monkeypatch.setattr(processes, "are_several", lambda: True)
+    assert failing.guarded("sample", run)[0] == failing.LOST
+    assert "another process is gone, start all again (UNKNOWN: Gloo" in line_of(capsys)
 
 
 def test_what_a_library_raises_is_unforeseen_and_what_we_raise_is_not(capsys):

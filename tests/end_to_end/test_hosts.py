@@ -81,6 +81,34 @@ def photographs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 1000])  # in the middle of a save, as a rule, and between two
+def test_of_those_that_lost_another_all_ask_to_be_started_again(every, tmp_path):
+    workdir = tmp_path / "run"
+    more = ("training.num_train_steps=100000", f"training.checkpoint_every={every}")
+    arguments = hosts.train_arguments(workdir, *more, **SMALL)
+    processes = hosts.start(*arguments, count=4, devices=1)
+    wait_for_rows(workdir, processes)
+    processes[1].send_signal(signal.SIGKILL)
+    codes, _, errors = hosts.ended(processes)
+    assert codes[1] == -signal.SIGKILL
+    # 134 is also what jax ends with where it hears of it first: by SIGABRT, says the system.
+    assert {codes[0], *codes[2:]} <= {134, -signal.SIGABRT}, errors
+    assert "free space" not in "".join(errors)
+
+
+@pytest.mark.slow
+def test_a_folder_that_hosts_do_not_share_is_refused(tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    arguments = hosts.train_arguments("run", **SMALL)
+    codes, _, errors = hosts.ended(hosts.start(*arguments, devices=1, folders=folders))
+    assert codes == [2, 2]
+    assert "run is not one folder for all hosts: what process 0 writes there is" in errors[0]
+    assert not (tmp_path / "a" / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
 def test_what_one_fails_of_all_say_and_end_with(photographs, tmp_path):
     """Each reads its own rows: of an image that becomes damaged one of the two learns first."""
     image, overrides = photographs

@@ -71,6 +71,13 @@ def test_paths_are_those_that_were_typed(tmp_path, monkeypatch):
     assert [str(typed("~/run")) for typed in (paths.folder, paths.file)] == 2 * [f"{tmp_path}/run"]
 
 
+@pytest.mark.parametrize("text", ["file:///tmp/run", "memory://run"])
+def test_places_of_another_kind_are_one_line(text, capsys):
+    with pytest.raises(SystemExit):
+        main.main(["train", "--config", "digits:base", "--workdir", text])
+    assert f"{text} is no place known here: name one on this machine" in capsys.readouterr().err
+
+
 def test_settings_may_stand_before_the_command(capsys):
     arguments = ["--config.model.depth=3", "config", "--config", "digits:joint"]
     assert main.main(arguments) == 0

@@ -36,7 +36,7 @@ def test_two_processes(tmp_path):
     fine = [line.removeprefix("ok").strip() for line in first.splitlines() if line[:2] == "ok"]
     names = [line.split(":")[0] for line in fine]
     checks = ["processes", "devices", "psum", "clock", "same versions", "versions", "memory"]
-    assert names == [*checks, "bucket", "data"]
+    assert names == [*checks[:4], "shared", *checks[4:], "bucket", "data"]
     assert "devices: 4 of cpu, 2 here" in fine
     assert "ok" not in second
     (failed,) = [line for line in wrong.splitlines() if line.startswith("FAILED")]
@@ -53,4 +53,4 @@ def test_some_of_the_variables_are_not_enough():
         text=True,
     )
     assert done.returncode == 2
-    assert "some are set: set all" in done.stderr
+    assert "--coordinator_address and --num_processes must be given too" in done.stderr

@@ -103,8 +103,12 @@ def test_places(monkeypatch):
     assert census.place(None, None, None, timeout=1) == census.Place("b:2", 2, 1)
     with pytest.raises(census.CensusError, match="--process_id 2 must be from 0"):
         census.place(None, None, 2, timeout=1)
-    with pytest.raises(census.CensusError, match="must be HOST:PORT"):
-        census.place("b", None, None, timeout=1)
+    for address in ("b", "b:0", "b:99999", "http://b:2", "::1:2"):
+        with pytest.raises(census.CensusError, match="must be HOST:PORT"):
+            census.place(address, None, None, timeout=1)
+    assert census.place("[::1]:2", 2, 0, timeout=1) == census.Place("[::1]:2", 2, 0)
+    with pytest.raises(census.CensusError, match="--num_processes 0 must be at least 1"):
+        census.place(None, 0, None, timeout=1)
 
 
 def test_slurm_is_asked_where_it_launched(monkeypatch):
