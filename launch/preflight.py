@@ -10,7 +10,6 @@ after which nothing starts it again.
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -27,6 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from arcond_jax.parallel import census
+from arcond_jax.run import exclusive
 
 PACKAGES = ("arcond-jax", "jax", "jaxlib", "libtpu", "flax", "orbax-checkpoint", "gcsfs")
 TIMEOUT = 120  # seconds that the hosts have to come
@@ -43,13 +43,7 @@ def join() -> str:
     if place is None:
         return "alone"
     census.hold(place, {}, host=socket.gethostname(), timeout=TIMEOUT)
-    jax.distributed.initialize(
-        place.coordinator_address,
-        place.num_processes,
-        place.process_id,
-        place.local_device_ids,
-        cluster_detection_method="deactivate",
-    )
+    census.initialize(place)
     return f"{jax.process_count()} processes"
 
 
@@ -151,24 +145,8 @@ def bucket(folder: epath.Path) -> str:
 
 
 def shared(folder: epath.Path) -> str:
-    """Whether all hosts see there what process 0 writes; none waits for one that cannot."""
-    name = np.frombuffer(uuid.uuid4().bytes, np.uint32)
-    first = multihost_utils.broadcast_one_to_all(name) if jax.process_count() > 1 else name
-    path = folder / f"preflight_{np.asarray(first).tobytes().hex()}"
-    if jax.process_index() == 0:
-        with contextlib.suppress(Exception):  # the check of the bucket says why
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text("of process 0")
-    multihost_utils.sync_global_devices("written")
-    is_there = False
-    with contextlib.suppress(Exception):
-        is_there = path.exists()
-    multihost_utils.sync_global_devices("seen")
-    if jax.process_index() == 0:
-        with contextlib.suppress(Exception):
-            path.unlink(missing_ok=True)
-    if not is_there:
-        raise CheckError(f"what process 0 writes to {folder} is not there: share it, or use gs://")
+    """Whether all hosts see there what process 0 writes."""
+    exclusive.check_shared(folder)
     return f"{folder} is one folder for all"
 
 

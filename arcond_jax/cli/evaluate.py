@@ -110,15 +110,7 @@ def _is_of_a_run(args: argparse.Namespace) -> bool:
     """Whether a file of our own is to be compared with the images of its run."""
     if args.samples is None or args.inception is not None or args.reference is not None:
         return False
-    if args.samples.is_dir() or samples.read_about(args.samples) is None:
-        return False
-    for name in ("distances", "allow_singular"):
-        if getattr(args, name):
-            raise build.ConfigError(
-                f"--{name} does nothing for samples without --inception or --reference: leave it "
-                "out"
-            )
-    return True
+    return not args.samples.is_dir() and samples.read_about(args.samples) is not None
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -158,6 +150,12 @@ def _beside(args: argparse.Namespace) -> Any:
 
 def _by_classifier(args: argparse.Namespace) -> card.EvaluationCard:
     """Of a file of samples, what the small classifier of a run and its pixels tell."""
+    for name in ("distances", "allow_singular"):
+        if getattr(args, name):
+            raise build.ConfigError(
+                f"--{name} does nothing for samples without --inception or --reference: leave it "
+                "out"
+            )
     drawn = samples.read_samples(args.samples)
     settings = card.settings_of(drawn.metadata)
     config = restoring.config_for(args.checkpoint, None, args.overrides)

@@ -97,12 +97,8 @@ def join(args: argparse.Namespace, argv: Sequence[str]) -> None:
     census.hold(place, about, host=socket.gethostname(), timeout=timeout)
     # Signals stay with `training.stopping`, whose answer all processes agree on.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        place.coordinator_address,
-        place.num_processes,
-        place.process_id,
-        place.local_device_ids,
-        cluster_detection_method="deactivate",
+    census.initialize(
+        place,
         initialization_timeout=timeout,
         heartbeat_timeout_seconds=HEARTBEAT,
         shutdown_timeout_seconds=SHUTDOWN,

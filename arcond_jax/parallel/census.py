@@ -13,7 +13,9 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 from jax._src import clusters  # jax has no public name for what it detects
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
@@ -108,6 +110,18 @@ def _given(variable: str) -> int | None:
     if not (text.isascii() and text.isdigit()):
         raise CensusError(f"{variable}={text} must be a whole number, at least 0")
     return int(text)
+
+
+def initialize(place: Place, **options: Any) -> None:
+    """Has jax join processes that were called, by what is known of their places alone."""
+    jax.distributed.initialize(
+        place.coordinator_address,
+        place.num_processes,
+        place.process_id,
+        place.local_device_ids,
+        cluster_detection_method="deactivate",
+        **options,
+    )
 
 
 def _is_port(text: str) -> bool:

@@ -30,9 +30,7 @@ BEAT = 20.0  # seconds between two changes of the file in a bucket
 DEAD = 3 * BEAT  # without a change; clocks of machines are not compared
 SETTLED = 3.0  # seconds until of two runs that start at once one sees the other
 LOCK, TOKEN = ".lock", ".shared"
-SHARED = (
-    60.0  # seconds until what one host writes is seen by all; NFS may remember a folder so long
-)
+SHARED = 60.0  # seconds until all see what one host writes; NFS may remember a folder so long
 
 
 @contextlib.contextmanager
@@ -49,17 +47,25 @@ def only_run(workdir: epath.Path) -> Iterator[None]:
         if processes.is_first():
             in_bucket = "://" in str(workdir)
             stack.enter_context(_in_bucket(workdir) if in_bucket else _on_disk(workdir))
-        if processes.are_several():
-            _check_shared(workdir)
+        check_shared(workdir)
         yield
 
 
-def _check_shared(workdir: epath.Path) -> None:
-    path = workdir / TOKEN
+def check_shared(folder: epath.Path) -> None:
+    """Returns at once if all processes see what the first writes in a folder; all have to ask.
+
+    Raises:
+      build.ConfigError: One does not, or nothing can be written there; in all of them.
+    """
+    if not processes.are_several():
+        return
+    path = folder / TOKEN
 
     def write() -> np.ndarray:
         token = np.frombuffer(os.urandom(16), np.uint32)
-        atomic.write_text(path, token.tobytes().hex())
+        with contextlib.suppress(OSError):  # or the others would wait; it is seen by none then
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(path, token.tobytes().hex())
         return token
 
     token = processes.from_first(write, jax.ShapeDtypeStruct((4,), np.uint32))
@@ -72,10 +78,11 @@ def _check_shared(workdir: epath.Path) -> None:
     each = processes.each({"seen": np.asarray([seen], np.uint32)})
     blind = [str(number) for number, there in enumerate(each) if not there["seen"][0]]
     if processes.is_first():
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
     if blind:
         raise build.ConfigError(
-            f"{workdir} is not one folder for all hosts: what process 0 writes there is not seen "
+            f"{folder} is not one folder for all hosts: what process 0 writes there is not seen "
             f"by process {', '.join(blind)}; use a file system that they share, or a bucket"
         )
 
@@ -90,7 +97,7 @@ def only_drawing(path: str | os.PathLike) -> Iterator[None]:
     Raises:
       build.ConfigError: Another run is drawing it.
     """
-    if jax.process_index() != 0:
+    if not processes.is_first():
         yield
         return
     with contextlib.ExitStack() as stack:

@@ -269,14 +269,17 @@ def test_a_signal_reaches_all_local_processes(tmp_path):
     assert sorted(told.read_text().split()) == ["0", "1"]
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (75, True)])
-def test_slurm_queues_what_stopped_and_saved(code, again, tmp_path):
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [(0, 0, False), (2, 0, False), (1, 0, False), (75, 99, True), (134, 9, True), (134, 10, False)],
+)
+def test_slurm_queues_what_stopped_or_was_lost(code, restarts, again, tmp_path):
     program(tmp_path, "srun", f'[[ $* == *" arcond train "* ]] || exit 9; exit {code}')
     program(
         tmp_path, "scontrol", 'if [[ $1 == show ]]; then echo node7; else echo "scontrol $*"; fi'
     )
     slurm = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NTASKS": "2"}
-    slurm["SLURM_SUBMIT_DIR"] = str(ROOT)
+    slurm |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_RESTART_COUNT": f"{restarts}"}
     done = launch("launch/slurm.sbatch", path=tmp_path, **slurm)
     assert done.returncode == code
     assert ("scontrol requeue 41" in done.stdout) == again
