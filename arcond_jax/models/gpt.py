@@ -125,6 +125,7 @@ class GPT(nn.Module):
             kv_heads=self.num_kv_heads or self.num_heads,
             head_dim=self.width // self.num_heads,
             dtype=self.dtype,
+            unrolled=self.unroll >= self.depth,
         )
 
     @nn.compact

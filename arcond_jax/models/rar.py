@@ -181,6 +181,7 @@ class RAR(nn.Module):
             kv_heads=self.num_heads,
             head_dim=self.width // self.num_heads,
             dtype=self.dtype,
+            unrolled=self.unrolled,
         )
 
     def prefix(

@@ -35,8 +35,7 @@ def attend(
     start = jnp.zeros((), jnp.int32)
     if cache is not None:
         start = cache.index
-        cache = attention.write_layer(cache, layer, keys, values)
-        keys, values = attention.read_layer(cache, layer)
+        keys, values, cache = attention.extended(cache, layer, keys, values)
     # [l 1], or [b l 1] where each row has an index of its own.
     seen, place = jnp.arange(keys.shape[1]), _places(start, queries.shape[1])[..., None]
     mask = seen <= place

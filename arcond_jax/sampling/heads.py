@@ -167,7 +167,7 @@ class Codes:
             logits = place.apply(rows, place.guidance.both(factors), method="factor_logits")
             laws.append(self.law(place, logits, i))
             factor_rngs = jax.vmap(jax.random.fold_in, (0, None))(rngs, i)
-            factor = jax.vmap(jax.random.categorical)(factor_rngs, laws[i])
+            factor = jax.vmap(filters.categorical)(factor_rngs, laws[i])
             factors = jnp.concatenate([factors, factor[..., None]], axis=-1)
         return factors, laws
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from arcond_jax import types
 from arcond_jax.nn import attention, layout
 from arcond_jax.nn import factors as factors_lib
-from arcond_jax.sampling import heads, raster, sampled
+from arcond_jax.sampling import filters, heads, raster, sampled
 
 DRAFT, ACCEPT, DRAW = range(3)  # streams of random numbers at each position
 
@@ -176,7 +176,7 @@ class Speculative:
         carry = jax.lax.while_loop(
             lambda carry: jnp.any(carry.position < self.network.length),
             lambda carry: self._call(run, carry),
-            self._first(run, x, cache),
+            self._first(dataclasses.replace(run, weights=params), x, cache),
         )
         codes = factors_lib.join(carry.codes, self.network.factor_sizes)
         total, count = carry.variation
@@ -350,7 +350,7 @@ class Speculative:
             refused = (factor == i)[:, None]
             chosen = jnp.log(jnp.where(refused, residual(law, drafted), law))
             factor_rngs = jax.vmap(jax.random.fold_in, (0, None))(rngs, i)
-            drawn = jax.vmap(jax.random.categorical)(factor_rngs, chosen)
+            drawn = jax.vmap(filters.categorical)(factor_rngs, chosen)
             drawn = jnp.where(i < factor, draft[:, i], drawn)
             factors = jnp.concatenate([factors, drawn[:, None]], axis=-1)
         return factors

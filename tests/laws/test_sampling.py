@@ -179,7 +179,7 @@ def test_refinement_comes_before_the_code_head(params, expected):
     assert np.any(moved.tokens.latents[:, 0] != expected.tokens.latents[:, 0])
 
 
-def test_an_unrolled_backbone_draws_the_same_and_copies_no_weights(params, expected):
+def test_an_unrolled_backbone_draws_the_same_and_copies_neither_weights_nor_cache(params, expected):
     network = JOINT.clone(backbone=BACKBONE.clone(unroll=BACKBONE.depth))
     sample = compiled(dataclasses.replace(PLAIN, network=network))
     unrolled = sample(params, RNG, LABEL, IDENTITY, 0)
@@ -193,6 +193,11 @@ def test_an_unrolled_backbone_draws_the_same_and_copies_no_weights(params, expec
     stacked = f"f32[{','.join(map(str, shape))}]"
     made = [line for line in program.splitlines() if f"= {stacked}" in line]
     assert made and all("parameter(" in line for line in made)
+    caches = [jax.eval_shape(functools.partial(x.empty_cache, LABEL)) for x in (JOINT, network)]
+    assert jax.tree.leaves(caches[1].keys)[0].shape == caches[0].keys.shape[1:]
+    stacked = f"f32[{','.join(map(str, caches[0].keys.shape))}]"
+    assert stacked in plain.lower(params, RNG, LABEL, IDENTITY, 0).compile().as_text()
+    assert stacked not in program
 
 
 def test_guidance_of_one_is_no_guidance(params, expected):
@@ -541,3 +546,12 @@ def test_a_warm_start_needs_the_law_of_the_codes(params):
     loop = raster.Raster(JOINT, (heads.Codes(), heads.Latents(SOLVER, warm=True)))
     with pytest.raises(ValueError, match="a warm start needs code_law"):
         loop(params, RNG, LABEL, refiner=IDENTITY)
+
+
+def test_a_categorical_draw_is_that_of_jax():
+    logits = 3 * jax.random.normal(RNG, (4, 5, 300))
+    logits = logits.at[0].set(-jnp.inf).at[1, :, 7].set(jnp.inf)
+    for rng in jax.random.split(RNG, 20):
+        drawn = filters.categorical(rng, logits)
+        assert drawn.dtype == jnp.int32
+        np.testing.assert_array_equal(drawn, jax.random.categorical(rng, logits))

@@ -277,19 +277,24 @@ def test_rows_at_indices_of_their_own_are_those_of_separate_runs(name):
         np.testing.assert_allclose(found[row], alone[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_is_written_at_the_index_of_each_row():
-    cache = attention.empty_cache(
-        depth=2, batch=3, length=6, kv_heads=2, head_dim=4, dtype=jnp.float32
-    )
-    index = np.array([0, 3, 4])
-    new = jax.random.normal(RNG, (3, 2, 2, 4))
+@pytest.mark.parametrize("unrolled", [False, True])
+@pytest.mark.parametrize("index", [2, [0, 3, 4]])
+def test_a_layer_is_written_at_the_index_of_each_row(index, unrolled):
+    sizes = dict(depth=2, batch=3, length=6, kv_heads=2, head_dim=4, dtype=jnp.float32)
+    cache = attention.empty_cache(**sizes, unrolled=unrolled)
     cache = dataclasses.replace(cache, index=jnp.asarray(index))
-    written = jax.jit(attention.write_layer)(cache, 1, new, -new)
-    expected = np.zeros(cache.keys.shape)
-    for row, start in enumerate(index):
-        expected[1, row, :, start : start + 2] = np.swapaxes(new[row], 0, 1)
-    np.testing.assert_array_equal(written.keys, expected)
-    np.testing.assert_array_equal(written.values, -expected)
+    new = jax.random.normal(RNG, (2, 3, 2, 2, 4))
+    expected = np.zeros((2, 3, 2, 6, 4))
+    for layer in range(2):
+        keys, values, cache = jax.jit(attention.extended)(cache, layer, new[layer], -new[layer])
+        for row, start in enumerate(np.broadcast_to(index, 3)):
+            written = np.swapaxes(new[layer, row], 0, 1)
+            expected[layer, row, :, start : start + 2] = written
+        np.testing.assert_array_equal(np.swapaxes(keys, 1, 2), expected[layer])
+        np.testing.assert_array_equal(values, -keys)
+    assert isinstance(cache.keys, tuple) == unrolled  # all layers had their turn
+    np.testing.assert_array_equal(np.stack(list(cache.keys)), expected)
+    np.testing.assert_array_equal(np.stack(list(cache.values)), -expected)
 
 
 @pytest.mark.parametrize("relaxed", [1.0, 1.5, 4.0])
