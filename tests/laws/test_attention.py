@@ -1,9 +1,12 @@
 """Attention by a kernel: the numbers of the einsum, and where which is taken."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from arcond_jax.models import gpt
 from arcond_jax.nn import attention, kernels
@@ -111,6 +114,23 @@ def test_what_is_chosen(platform, dtype, changes, kind, monkeypatch):
 def test_without_cudnn_a_gpu_computes_the_einsum():
     if jax.default_backend() != "gpu":
         assert kernels.choose("gpu", "bfloat16", **SUITED) == "einsum"
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_program_for_gpus_calls_cudnn_for_result_and_gradient(is_causal, monkeypatch):
+    """Lowered for CUDA without a card; of that the versions alone are made up."""
+    monkeypatch.setattr(kernels, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="gpu")
+    kinds = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.AbstractMesh((2, 1, 1), mesh_lib.AXES, kinds, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        run = jax.jit(with_gradient(einsum(is_causal)))
+        traced = run.trace(*inputs(length=256, dtype=jnp.bfloat16, b=4))
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert sorted(re.findall(r"@__cudnn\$(\w+)", program)) == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+    assert "tensor<2x256x4x8xbf16>" in program  # each device its half of the batch
+    assert "256x256" not in program  # and no scores
 
 
 NETWORK = gpt.GPT(
