@@ -159,21 +159,19 @@ def config_of(arm: Arm, args: argparse.Namespace, seed: int) -> build.Config:
     return config
 
 
-def trained(
-    name: str, args: argparse.Namespace, made: Mapping[str, Arm], seed: int
-) -> tuple[restoring.Trained, float]:
-    """The model of an arm, and the seconds its training took, compilation included."""
+def trained(name: str, args: argparse.Namespace, made: Mapping[str, Arm], seed: int) -> float:
+    """Trains an arm, and the one it starts from, unless they are; seconds, compilation included."""
     arm, workdir = made[name], folder(args, name, seed)
-    start_from = None
-    if arm.init is not None:
-        start_from = initial.Initial(folder(args, arm.init, seed), None)
-    seconds, timed = 0.0, workdir / "seconds.json"
+    timed = workdir / "seconds.json"
     if not timed.exists():
+        start_from = None
+        if arm.init is not None:
+            trained(arm.init, args, made, seed)
+            start_from = initial.Initial(folder(args, arm.init, seed), None)
         start = time.perf_counter()
         training.train(config_of(arm, args, seed), workdir, start_from=start_from)
-        seconds = time.perf_counter() - start
-        timed.write_text(json.dumps(seconds))
-    return restoring.restore(workdir), json.loads(timed.read_text())
+        timed.write_text(json.dumps(time.perf_counter() - start))
+    return json.loads(timed.read_text())
 
 
 def folder(args: argparse.Namespace, name: str, seed: int) -> pathlib.Path:
@@ -266,32 +264,25 @@ def run(
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Name of the system, training seed, and what was measured, of those not known yet."""
     made = arms(args.windows)
-    if args.only:
-        made = {name: arm for name, arm in made.items() if name in args.only}
     judge = Judge.of(config_of(made["base"], args, 0), args)
-    for seed in args.training_seeds:
-        for name, arm in made.items():
-            model, seconds = trained(name, args, made, seed)
-            systems = dict(arm.systems)
-            if name == "base, trained on":
-                systems["tuned"] = {}
-            if name == "k = 4, categorical":
-                systems["fed, tuned"] = FED_OR_NOT["fed"]
-            for system, settings in systems.items():
-                if str(seed) in known.get(f"{name}: {system}", {}):
-                    continue
-                if system.endswith("tuned"):
-                    settings = tuned(model, judge, settings)
-                found = measured(model, settings, judge, tuple(range(args.num_sampling_seeds)))
-                yield (
-                    f"{name}: {system}",
-                    seed,
-                    found
-                    | {
-                        "settings": dict(settings),
-                        "training_seconds": seconds,
-                    },
-                )
+    for seed, (name, arm) in itertools.product(args.training_seeds, made.items()):
+        systems = dict(arm.systems)
+        if name == "base, trained on":
+            systems["tuned"] = {}
+        if name == "k = 4, categorical":
+            systems["fed, tuned"] = FED_OR_NOT["fed"]
+        for system, settings in systems.items():
+            full_name = f"{name}: {system}"
+            is_chosen = args.only is None or name in args.only
+            if not is_chosen or str(seed) in known.get(full_name, {}):
+                continue
+            seconds = trained(name, args, made, seed)
+            model = restoring.restore(folder(args, name, seed))
+            if system.endswith("tuned"):
+                settings = tuned(model, judge, settings)
+            found = measured(model, settings, judge, tuple(range(args.num_sampling_seeds)))
+            found |= {"settings": dict(settings), "training_seconds": seconds}
+            yield full_name, seed, found
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -330,7 +321,7 @@ def main() -> None:
     parser.add_argument("--training_seeds", type=int, nargs="+", default=(0, 1))
     parser.add_argument("--num_sampling_seeds", type=int, default=5)
     parser.add_argument("--per_class", type=int, default=100)
-    parser.add_argument("--only", nargs="+", help="arms to run; base among them")
+    parser.add_argument("--only", nargs="+", help="arms to draw from")
     parser.add_argument(
         "--set",
         dest="settings",
