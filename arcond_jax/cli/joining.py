@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -91,8 +90,8 @@ def join(args: argparse.Namespace, argv: Sequence[str]) -> None:
     about = {
         "jax": jax.__version__,
         "arcond_jax": importlib.metadata.version("arcond_jax"),
-        "command": _digest(_without_own(argv)),
-        "config": _digest(_config(args)),
+        "command": _without_own(argv),
+        "config": _config(args),
     }
     census.hold(place, about, host=socket.gethostname(), timeout=timeout)
     # Signals stay with `training.stopping`, whose answer all processes agree on.
@@ -151,12 +150,12 @@ def _until_heard() -> float:
     return HEARD if jax.process_index() else 2 * HEARD
 
 
-def _config(args: argparse.Namespace) -> str:
+def _config(args: argparse.Namespace) -> list[str]:
     path = getattr(args, "config", None)
     if path is None:
-        return json.dumps(args.overrides)
+        return list(args.overrides)
     loaded = build.load_config(path, args.overrides)
-    return repr(sorted(config_lib.flat(loaded).items()))
+    return [f"{name}={value!r}" for name, value in sorted(config_lib.flat(loaded).items())]
 
 
 def _without_own(argv: Sequence[str]) -> list[str]:
@@ -168,7 +167,3 @@ def _without_own(argv: Sequence[str]) -> list[str]:
             kept.append(word)
         skipped = own and "=" not in word
     return kept
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -11,7 +11,7 @@ EPILOG = """examples:
   arcond status --workdir gs://bucket/runs/mar
 
 Read from the log and the checkpoints, so a run is asked nothing and need not be here: one that was
-killed shows by its last line being old."""
+killed shows by lines that are long overdue."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,9 @@ def _left(found: status_lib.Status, now: float) -> str:
         return "none: complete"
     if found.seconds_left is None or found.logged_at is None:
         return "not known yet"
-    return f"{_time(found.seconds_left)}; last line {_time(now - found.logged_at)} ago"
+    stopped = ", stopped it seems" if found.is_silent(now) else ""
+    left, ago = _time(found.seconds_left), _time(now - found.logged_at)
+    return f"{left}; last line {ago} ago{stopped}"
 
 
 def _checkpoint(found: status_lib.Status, now: float) -> str:

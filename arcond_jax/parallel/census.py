@@ -28,9 +28,11 @@ LAUNCHERS = (
     "JOB_COMPLETION_INDEX",
 )
 RETRY = 0.2  # seconds
+SHOWN = 120  # characters of what differs
 HELLO = 10.0  # seconds that whoever connects has for it, and an answer on its way
 
-Hello = dict[str, str | int]  # of one process; all but "process" and "host" are to be the same
+# Of one process; all but "process" and "host" are to be the same.
+Hello = dict[str, Any]
 
 
 class CensusError(ValueError):
@@ -128,11 +130,12 @@ def _is_port(text: str) -> bool:
     return text.isascii() and text.isdigit() and 0 < int(text) < 2**16
 
 
-def hold(place: Place, about: Mapping[str, str], *, host: str, timeout: float) -> None:
+def hold(place: Place, about: Mapping[str, str | list[str]], *, host: str, timeout: float) -> None:
     """Returns once all processes are there and are the same.
 
     Args:
-      about: What must be the same of all: by the name that a message calls it.
+      about: What must be the same of all, by the name that a message calls it; of a list the
+        message shows the parts that differ.
       host: Name of this machine, for messages.
       timeout: Seconds to wait for the others.
 
@@ -242,14 +245,24 @@ def _difference(ours: Hello, theirs: Hello) -> str | None:
     for name in ours:
         if name in ("process", "host") or theirs[name] == ours[name]:
             continue
-        shown = f" ({theirs[name]}, not {ours[name]})" if len(str(ours[name])) < 32 else ""
+        found, expected = _apart(theirs[name], ours[name])
         return (
             f"process {theirs['process']} on {theirs['host']} has another {name} than process 0 "
-            f"on {ours['host']}{shown}: all must have the same"
+            f"on {ours['host']} ({found}, not {expected}): all must have the same"
         )
-    if theirs["process"] not in range(int(ours["number of processes"])):
+    if theirs["process"] not in range(ours["number of processes"]):
         return f"{theirs['host']} says it is process {theirs['process']}, which there is none of"
     return None
+
+
+def _apart(theirs: Any, ours: Any) -> tuple[str, str]:
+    """What one has and the other has not, in short."""
+    if isinstance(theirs, list) and isinstance(ours, list):
+        pair = [x for x in theirs if x not in ours], [x for x in ours if x not in theirs]
+        first, second = (" ".join(x) for x in (pair if any(pair) else (theirs, ours)))
+    else:
+        first, second = str(theirs), str(ours)
+    return first[:SHOWN] or "nothing", second[:SHOWN] or "nothing"
 
 
 def _twice(present: Hello | None, said: Hello) -> str | None:

@@ -10,6 +10,8 @@ from etils import epath
 from arcond_jax import build, checkpoint
 from arcond_jax.training import writer
 
+PAUSE = 900.0  # seconds that compilation, a checkpoint or an evaluation may take between two lines
+
 
 @dataclasses.dataclass(frozen=True)
 class Status:
@@ -20,6 +22,7 @@ class Status:
       num_train_steps: Where it ends.
       line: The last of its log, `step` among its names; empty before the first.
       logged_at: When that was written, in seconds since 1970; None before the first.
+      seconds_between_lines: At the rate of the last; None before there are two.
       checkpoints: Steps saved, and when.
     """
 
@@ -27,6 +30,7 @@ class Status:
     num_train_steps: int
     line: Mapping[str, Any]
     logged_at: float | None
+    seconds_between_lines: float | None
     checkpoints: Mapping[int, float]
 
     @property
@@ -44,6 +48,12 @@ class Status:
         """At the rate of the last line; None before there is one."""
         rate = self.line.get("steps_per_second")
         return (self.num_train_steps - self.step) / rate if rate else None
+
+    def is_silent(self, now: float) -> bool:
+        """Whether lines are so long overdue that the run has probably stopped."""
+        if self.logged_at is None or self.seconds_between_lines is None:
+            return False
+        return now - self.logged_at > 10 * self.seconds_between_lines + PAUSE
 
 
 def status(workdir: epath.PathLike) -> Status:
@@ -64,10 +74,14 @@ def status(workdir: epath.PathLike) -> Status:
         raise ValueError(f"{path} is damaged: it is no config of a run") from None
     log = workdir / "metrics.jsonl"
     rows = writer.read_rows(log)
+    between = None
+    if len(rows) > 1 and rows[-1].get("steps_per_second"):
+        between = (rows[-1]["step"] - rows[-2]["step"]) / rows[-1]["steps_per_second"]
     return Status(
         name=name,
         num_train_steps=num_train_steps,
         line=rows[-1] if rows else {},
         logged_at=float(log.stat().mtime) if rows else None,
+        seconds_between_lines=between,
         checkpoints=checkpoint.steps_of(f"{workdir}/checkpoints"),
     )

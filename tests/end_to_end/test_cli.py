@@ -1,10 +1,12 @@
 """The commands: what a user gets wrong costs one line, exit code 2, and nothing on disk."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -284,6 +286,12 @@ def test_status_of_a_run_under_way(finished, copy_of, capsys):
     assert "1 min 40 s; last line" in lines[2]
     assert "step 4, " in lines[3]
     assert lines[4] == "skipped updates: 2"
+
+    # 100 seconds from line to line.
+    for silent, said in ((1800, "last line 30 min 0 s ago"), (2000, "20 s ago, stopped it seems")):
+        os.utime(workdir / "metrics.jsonl", (time.time() - silent,) * 2)
+        assert main.main(["status", "--workdir", str(workdir)]) == 0
+        assert capsys.readouterr().out.splitlines()[2].endswith(said)
 
 
 def test_train_sample_plain(finished, tmp_path, capsys):

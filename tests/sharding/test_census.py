@@ -32,7 +32,7 @@ def held(*abouts, count=None, numbers=None, timeout=20.0):
         return list(pool.map(one, numbers, abouts))
 
 
-SAME = {"jax": "0.10.2", "config": "c" * 64}
+SAME = {"jax": "0.10.2", "config": ["model.width=64", "seed=0"]}
 
 
 def test_all_there_and_the_same_go_on():
@@ -49,9 +49,13 @@ def test_another_version_is_named_and_another_config():
     first, second = held(SAME, SAME | {"jax": "0.9.1"})
     assert first == second
     assert first.startswith("process 1 on host1 has another jax than process 0 on host0 (0.9.1, ")
-    first, second = held(SAME, SAME | {"config": "d" * 64})
+    first, second = held(SAME, SAME | {"config": ["model.width=64", "seed=1"]})
     assert first == second
-    assert first.startswith("process 1 on host1 has another config than process 0 on host0: all")
+    assert "has another config than process 0 on host0 (seed=1, not seed=0): all must" in first
+    first, _ = held(SAME, SAME | {"config": ["model.width=64"]})
+    assert "(nothing, not seed=0)" in first
+    first, _ = held(SAME, SAME | {"config": ["seed=0", "x" * 200, "model.width=64"]})
+    assert f"({'x' * census.SHOWN}, not nothing)" in first
 
 
 def test_one_number_for_two():
