@@ -297,6 +297,38 @@ def test_a_layer_is_written_at_the_index_of_each_row(index, unrolled):
     np.testing.assert_array_equal(np.stack(list(cache.values)), -expected)
 
 
+def test_drafts_verified_together_leave_the_law_and_stand_more_often():
+    """All drafts of three codes: the law knows the codes before, the drafter does not."""
+    rng, n, v = np.random.default_rng(0), 3, 3
+    q = rng.dirichlet(np.ones(v), n)
+    prefixes = itertools.chain(*(itertools.product(range(v), repeat=i) for i in range(n + 1)))
+    p = {prefix: rng.dirichlet(np.ones(v)) for prefix in prefixes}
+    p[0,] = q[1]  # nothing is left where both are the same
+    found, together, alone = dict.fromkeys(itertools.product(range(v), repeat=n + 1), 0.0), 0.0, 0.0
+    for draft in itertools.product(range(v), repeat=n):
+        drafted = np.prod(q[range(n), draft])
+        ratio = np.array([p[draft[:i]][x] / q[i, x] for i, x in enumerate(draft)])
+        weights = speculative.block_weights(jnp.asarray(ratio)[None])
+        laws = [w * p[draft[:i]] for i, w in enumerate(np.asarray(weights[0], float))]
+        left = [np.maximum(law - before, 0).sum() for law, before in zip(laws[:n], q, strict=True)]
+        chances = speculative.block_chances(weights, jnp.array(left)[None])[0]
+        chances = np.concatenate([[1.0], np.asarray(chances, float)])
+        passed = [c * np.prod(1.0 - chances[i + 1 :]) for i, c in enumerate(chances)]
+        together += drafted * np.dot(passed, np.arange(n + 1))
+        alone += drafted * np.cumprod(np.minimum(ratio, 1.0)).sum()
+        for i, law in enumerate(laws):
+            if i < n:
+                law = np.asarray(speculative.residual(jnp.asarray(law), jnp.asarray(q[i])))
+            for last in itertools.product(range(v), repeat=n + 1 - i):
+                codes = draft[:i] + last
+                behind = np.prod([p[codes[:j]][codes[j]] for j in range(i + 1, n + 1)])
+                found[codes] += drafted * passed[i] * law[codes[i]] / law.sum() * behind
+    for codes, chance in found.items():
+        law = np.prod([p[codes[:i]][x] for i, x in enumerate(codes)])
+        np.testing.assert_allclose(chance, law, rtol=1e-5, atol=1e-7)
+    assert together > 1.01 * alone
+
+
 @pytest.mark.parametrize("relaxed", [1.0, 1.5, 4.0])
 def test_the_law_of_relaxed_acceptance_is_that_of_a_simulation(relaxed):
     rng = np.random.default_rng(0)
