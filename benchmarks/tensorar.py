@@ -335,6 +335,8 @@ def main() -> None:
     args = parser.parse_args()
     args.settings = [(key, json.loads(value)) for key, value in args.settings]
     args.windows = tuple(args.windows)
+    if unknown := set(args.only or ()) - set(arms(args.windows)):
+        parser.error(f"--only: no arm is called {', '.join(sorted(unknown))}")
     args.workdir.mkdir(parents=True, exist_ok=True)
     path = args.workdir / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}

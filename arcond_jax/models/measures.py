@@ -1,8 +1,8 @@
 """What windows are worth, measured while a model is trained; nothing here has a gradient.
 
 A cross-entropy of the next code that noised drafts lower by much shows what they leak, not how good
-the model is. What a draft is worth to speculative sampling is how often it would be accepted
-(Leviathan et al., 2023): the overlap of its law with that of the code itself.
+the model is. What a draft is worth to speculative sampling is how often it would be accepted on
+its own (Leviathan et al., 2023): the overlap of its law with that of the code itself.
 """
 
 import jax

@@ -9,6 +9,7 @@ the same versions, command and config.
 import asyncio
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import time
@@ -29,6 +30,7 @@ LAUNCHERS = (
 )
 RETRY = 0.2  # seconds
 SHOWN = 120  # characters of what differs
+LONGEST = 2**22  # bytes of a hello
 HELLO = 10.0  # seconds that whoever connects has for it, and an answer on its way
 
 # Of one process; all but "process" and "host" are to be the same.
@@ -151,6 +153,8 @@ def hold(place: Place, about: Mapping[str, str | list[str]], *, host: str, timeo
 async def _coordinate(place: Place, hello: Hello, timeout: float) -> None:
     present, answers = {0: hello}, {}
     decided, all_came, refusals = asyncio.Event(), asyncio.Event(), []
+    # Connections that are cut off when all is said end in errors that asyncio would print.
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
 
     async def heard(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -176,7 +180,7 @@ async def _coordinate(place: Place, hello: Hello, timeout: float) -> None:
 
     port = int(place.coordinator_address.rpartition(":")[2])
     try:
-        server = await asyncio.start_server(heard, port=port)
+        server = await asyncio.start_server(heard, port=port, limit=LONGEST)
     except OSError as error:
         raise CensusError(
             f"process 0 cannot listen at port {port} ({error.strerror}): end what does, or give "
@@ -257,12 +261,16 @@ def _difference(ours: Hello, theirs: Hello) -> str | None:
 
 def _apart(theirs: Any, ours: Any) -> tuple[str, str]:
     """What one has and the other has not, in short."""
+    first, second = str(theirs), str(ours)
     if isinstance(theirs, list) and isinstance(ours, list):
-        pair = [x for x in theirs if x not in ours], [x for x in ours if x not in theirs]
-        first, second = (" ".join(x) for x in (pair if any(pair) else (theirs, ours)))
-    else:
-        first, second = str(theirs), str(ours)
-    return first[:SHOWN] or "nothing", second[:SHOWN] or "nothing"
+        matcher = difflib.SequenceMatcher(None, theirs, ours, autojunk=False)
+        _, i, i_end, j, j_end = next(x for x in matcher.get_opcodes() if x[0] != "equal")
+        before = theirs[i - 1] if i else ""
+        flag = [before] if before.startswith("--") and "=" not in before else []
+        first, second = " ".join(flag + theirs[i:i_end]), " ".join(flag + ours[j:j_end])
+    same = next((i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), 0)
+    start = max(0, same - SHOWN // 2) if max(len(first), len(second)) > SHOWN else 0
+    return first[start:][:SHOWN] or "nothing", second[start:][:SHOWN] or "nothing"
 
 
 def _twice(present: Hello | None, said: Hello) -> str | None:

@@ -10,7 +10,7 @@ from etils import epath
 from arcond_jax import build, checkpoint
 from arcond_jax.training import writer
 
-PAUSE = 900.0  # seconds that compilation, a checkpoint or an evaluation may take between two lines
+PAUSE = 3600.0  # seconds that compilation, a checkpoint or an evaluation may take beside steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Status:
       num_train_steps: Where it ends.
       line: The last of its log, `step` among its names; empty before the first.
       logged_at: When that was written, in seconds since 1970; None before the first.
-      seconds_between_lines: At the rate of the last; None before there are two.
+      log_every: Steps from line to line.
       checkpoints: Steps saved, and when.
     """
 
@@ -30,7 +30,7 @@ class Status:
     num_train_steps: int
     line: Mapping[str, Any]
     logged_at: float | None
-    seconds_between_lines: float | None
+    log_every: int
     checkpoints: Mapping[int, float]
 
     @property
@@ -51,9 +51,10 @@ class Status:
 
     def is_silent(self, now: float) -> bool:
         """Whether lines are so long overdue that the run has probably stopped."""
-        if self.logged_at is None or self.seconds_between_lines is None:
+        rate = self.line.get("steps_per_second")
+        if self.logged_at is None or not rate:
             return False
-        return now - self.logged_at > 10 * self.seconds_between_lines + PAUSE
+        return now - self.logged_at > 2 * self.log_every / rate + PAUSE
 
 
 def status(workdir: epath.PathLike) -> Status:
@@ -67,21 +68,19 @@ def status(workdir: epath.PathLike) -> Status:
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text())
-        name, num_train_steps = config["name"], config["training"]["num_train_steps"]
+        name, training = config["name"], config["training"]
+        num_train_steps, log_every = training["num_train_steps"], training["log_every"]
     except FileNotFoundError:
         raise build.ConfigError(f"{workdir} holds no run: arcond train makes one") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: it is no config of a run") from None
     log = workdir / "metrics.jsonl"
     rows = writer.read_rows(log)
-    between = None
-    if len(rows) > 1 and rows[-1].get("steps_per_second"):
-        between = (rows[-1]["step"] - rows[-2]["step"]) / rows[-1]["steps_per_second"]
     return Status(
         name=name,
         num_train_steps=num_train_steps,
         line=rows[-1] if rows else {},
         logged_at=float(log.stat().mtime) if rows else None,
-        seconds_between_lines=between,
+        log_every=log_every,
         checkpoints=checkpoint.steps_of(f"{workdir}/checkpoints"),
     )

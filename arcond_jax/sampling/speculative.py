@@ -36,7 +36,8 @@ Laws = tuple[Float[Array, "b _ _"], ...]  # probabilities of each factor, by ent
 def residual(p: Float[Array, "*n v"], q: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
     """What is left of the law p where a draft from q was refused: max(p - q, 0), normalised.
 
-    Where nothing is left p and q are the same up to rounding, and p stands.
+    p may be weighed, of a sum of at most 1. Where nothing is left, which has no chance but by
+    rounding, p stands.
     """
     left = jnp.maximum(p - q, 0.0)
     total = jnp.sum(left, axis=-1, keepdims=True)
@@ -57,26 +58,27 @@ def relaxed_law(
     return law, jnp.sum(jnp.abs(law - p), axis=-1) / 2
 
 
-def block_weights(ratio: Float[Array, "b n"]) -> Float[Array, "b n_plus_1"]:
+def block_weights(log_ratio: Float[Array, "b n"]) -> Float[Array, "b n_plus_1"]:
     """w_i = min(1, w_{i-1} p_i / q_i) behind i drafts, from w_0 = 1.
 
     Args:
-      ratio: p_i / q_i of each draft.
+      log_ratio: log p_i - log q_i of each draft.
 
     Source: as `block_chances`. Of log w, a walk that is kept below 0, in closed form.
     """
-    walk = jnp.cumsum(jnp.pad(jnp.log(ratio), ((0, 0), (1, 0))), axis=-1)
+    walk = jnp.cumsum(jnp.pad(log_ratio, ((0, 0), (1, 0))), axis=-1)
     return jnp.exp(walk - jax.lax.cummax(walk, axis=1))
 
 
 def block_chances(
     weights: Float[Array, "b n_plus_1"], left: Float[Array, "b n"]
 ) -> Float[Array, "b n"]:
-    """The chances to accept the first 1 to n drafts together, of which the last one counts.
+    """The chances to accept the first 1 to n drafts together.
 
-    The first i are accepted with chance m / (m + 1 - w_i), where m is what is left of the law that
-    follows them, and all n with w_n. So more of them stand than if each had to on its own, and what
-    is drawn follows the law as exactly: behind i drafts from `residual` of w_i p.
+    Each is tried apart, and the longest that is accepted stands: the first i with chance
+    m / (m + 1 - w_i), where m is what is left of the law that follows them, and all n with w_n. So
+    more drafts stand than if each had to on its own, and what is drawn follows the law as exactly:
+    behind i drafts from `residual` of w_i p.
 
     Args:
       weights: Of `block_weights`.
@@ -139,7 +141,8 @@ class Speculative:
     Attributes:
       base: Everything but the drafts, which its head leaves "off".
       relaxed: Accepts drafts this many times as often as their law allows; 1 or more. Above 1
-        images no longer follow the law of `base`, and `Sampled.variation` says by how much.
+        every draft has to pass on its own, images no longer follow the law of `base`, and
+        `Sampled.variation` says by how much.
 
     Raises:
       ValueError: A base for which this makes no sense, or `relaxed` below 1.
@@ -207,10 +210,11 @@ class Speculative:
             row_rngs=sampled.row_rngs(rng, label.shape[0], first_row),
             prefix=cache.index + 1,
         )
+        once = dataclasses.replace(run, weights=params)  # too few products to lay weights out for
         carry = jax.lax.while_loop(
             lambda carry: jnp.any(carry.position < self.network.length),
             lambda carry: self._call(run, carry),
-            self._first(dataclasses.replace(run, weights=params), x, cache),
+            self._first(once, x, cache),
         )
         codes = factors_lib.join(carry.codes, self.network.factor_sizes)
         total, count = carry.variation
@@ -365,7 +369,7 @@ class Speculative:
             passed = jnp.sum(jnp.cumprod(accepted.reshape(num_rows, -1), axis=-1), axis=-1)
             return passed, jnp.ones(num_rows), self._variation(carry, laws, accepted)
 
-        weights = block_weights((p / q).reshape(num_rows, -1))
+        weights = block_weights((jnp.log(p) - jnp.log(q)).reshape(num_rows, -1))
         before = weights[:, :-1].reshape(p.shape)
         left = [
             jnp.sum(jnp.maximum(before[..., i, None] * p[:, :num_drafts] - q, 0.0), axis=-1)
@@ -410,12 +414,10 @@ class Speculative:
     def _variation(
         self, carry: Carry, laws: Laws, accepted: Bool[Array, "b drafts factors"]
     ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
-        """With the total variation of what was verified in this call.
+        """With the total variation of what was verified in this call, each draft on its own.
 
         Of a code in factors those of its verified factors are added, which bounds its own.
         """
-        if self.relaxed == 1.0:
-            return carry.variation
         num_rows, num_drafts, _ = accepted.shape
         flat = accepted.reshape(num_rows, -1)
         reached = jnp.cumprod(jnp.pad(flat, ((0, 0), (1, 0)), constant_values=1)[:, :-1], axis=-1)

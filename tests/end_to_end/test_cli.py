@@ -287,11 +287,12 @@ def test_status_of_a_run_under_way(finished, copy_of, capsys):
     assert "step 4, " in lines[3]
     assert lines[4] == "skipped updates: 2"
 
-    # 100 seconds from line to line.
-    for silent, said in ((1800, "last line 30 min 0 s ago"), (2000, "20 s ago, stopped it seems")):
+    # 100 seconds a step, a line each step, and an hour for what lies between two steps.
+    for silent, stopped in ((3700, False), (3900, True)):
         os.utime(workdir / "metrics.jsonl", (time.time() - silent,) * 2)
         assert main.main(["status", "--workdir", str(workdir)]) == 0
-        assert capsys.readouterr().out.splitlines()[2].endswith(said)
+        left = capsys.readouterr().out.splitlines()[2]
+        assert "last line 1 h " in left and ("stopped it seems" in left) == stopped
 
 
 def test_train_sample_plain(finished, tmp_path, capsys):

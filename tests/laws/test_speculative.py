@@ -277,6 +277,22 @@ def test_rows_at_indices_of_their_own_are_those_of_separate_runs(name):
         np.testing.assert_allclose(found[row], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("inner", [LLAMAGEN, RAR])
+def test_one_cache_for_all_layers_or_one_for_each_is_the_same(inner):
+    def sampled(unroll):
+        if isinstance(inner, rar.RAR):
+            deep = inner.clone(depth=2, unroll=unroll)
+        else:
+            deep = inner.clone(backbone=inner.backbone.clone(depth=2, unroll=unroll))
+        base = dataclasses.replace(GUIDED, network=AROUND["drafter"](deep))
+        return run(speculative.Speculative(base), MANY)
+
+    stacked, apart = sampled(1), sampled(2)
+    np.testing.assert_array_equal(stacked.tokens.codes, apart.tokens.codes)
+    np.testing.assert_array_equal(stacked.emitted, apart.emitted)
+    assert len(np.unique(stacked.emitted, axis=0)) > 1
+
+
 @pytest.mark.parametrize("unrolled", [False, True])
 @pytest.mark.parametrize("index", [2, [0, 3, 4]])
 def test_a_layer_is_written_at_the_index_of_each_row(index, unrolled):
@@ -308,7 +324,7 @@ def test_drafts_verified_together_leave_the_law_and_stand_more_often():
     for draft in itertools.product(range(v), repeat=n):
         drafted = np.prod(q[range(n), draft])
         ratio = np.array([p[draft[:i]][x] / q[i, x] for i, x in enumerate(draft)])
-        weights = speculative.block_weights(jnp.asarray(ratio)[None])
+        weights = speculative.block_weights(jnp.log(jnp.asarray(ratio))[None])
         laws = [w * p[draft[:i]] for i, w in enumerate(np.asarray(weights[0], float))]
         left = [np.maximum(law - before, 0).sum() for law, before in zip(laws[:n], q, strict=True)]
         chances = speculative.block_chances(weights, jnp.array(left)[None])[0]

@@ -54,8 +54,27 @@ def test_another_version_is_named_and_another_config():
     assert "has another config than process 0 on host0 (seed=1, not seed=0): all must" in first
     first, _ = held(SAME, SAME | {"config": ["model.width=64"]})
     assert "(nothing, not seed=0)" in first
-    first, _ = held(SAME, SAME | {"config": ["seed=0", "x" * 200, "model.width=64"]})
-    assert f"({'x' * census.SHOWN}, not nothing)" in first
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "found", "expected"),
+    [
+        (["--n", "8", "--seed", "8"], ["--n", "8", "--seed", "0"], "--seed 8", "--seed 0"),
+        (["--n=8", "--fast"], ["--n=8"], "--fast", "nothing"),
+        (["b", "a"], ["a", "b"], "nothing", "a"),
+        (["x" * 200 + "a"], ["x" * 200 + "b"], "x" * 60 + "a", "x" * 60 + "b"),
+        (["y" * 200], [], "y" * census.SHOWN, "nothing"),
+        (
+            [f"{i}.png" for i in range(20_000)] + ["a"],
+            [f"{i}.png" for i in range(20_000)],
+            "a",
+            "no",
+        ),
+    ],
+)
+def test_the_words_that_differ_are_shown(theirs, ours, found, expected):
+    told, _ = held({"command": ours}, {"command": theirs})
+    assert f"({found}, not {expected}" in told
 
 
 def test_one_number_for_two():
