@@ -4,12 +4,13 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test hosts tpu lint types lock clean
+.PHONY: help setup demo test long hosts tpu lint types lock clean
 
 help:
 	@echo "make setup   install into .venv"
 	@echo "make demo    train, sample and score on two CPU cores, from nothing"
 	@echo "make test    run the tests"
+	@echo "make long    run those that take longer"
 	@echo "make hosts   run the longer tests of several processes"
 	@echo "make tpu     compile for TPUs, without one"
 	@echo "make lint    check style, rows and doors"
@@ -24,7 +25,11 @@ demo: setup
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/arcond demo
 
 test: setup
-	$(BIN)/pytest -q -m "not slow and not tpu" -n 2 --dist loadfile
+	$(BIN)/pytest -q -m "not long and not slow and not tpu" -n 2 --dist loadfile
+
+# Five seconds of a processor and more, each.
+long: setup
+	$(BIN)/pytest -q -m "long and not slow and not tpu" -n 2 --dist loadfile
 
 # Several processes on this machine, end to end: minutes each.
 hosts: setup

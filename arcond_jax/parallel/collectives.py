@@ -76,6 +76,8 @@ def of_program(text: str, mesh: Mesh) -> list[Collective]:
             kind = instruction.op.removesuffix("-start")
             if kind not in KINDS:
                 continue
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # as a TPU's compiler writes it
             # On a TPU one that is drawn out over other work stands there in pieces.
             chain = _CHAIN.search(instruction.rest)
             if chain is not None and chain[1] in chains:

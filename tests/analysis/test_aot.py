@@ -24,6 +24,7 @@ def report(config):
     return aot.compile_for(config, topology.named("cpu"))
 
 
+@pytest.mark.long
 def test_memory_is_that_of_the_program_that_runs(config, report):
     mesh, tokenizer = build.training_mesh(config), build.tokenizer(config)
     state = build.train_state(config, mesh)
@@ -172,10 +173,18 @@ PROGRAM = """HloModule m
   ROOT %less = pred[] compare(%i, %n), direction=LT
 }
 
+%all-reduce-scatter.1 (whole: f32[2,8]) -> f32[2,2] {
+  %whole = f32[2,8]{1,0} parameter(0)
+  %zero = u32[] constant(0)
+  %summed = f32[2,8]{1,0} all-reduce(%whole), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %own = f32[2,2]{1,0} dynamic-slice(%summed, %zero, %zero), dynamic_slice_sizes={2,2}
+}
+
 ENTRY %main (x: f32[2,8]) -> f32[2,8] {
   %x = f32[2,8]{1,0} parameter(0)
   %loop = (s32[], f32[2,8]{1,0}) while(%x), condition=%condition, body=%body
   %sum = f32[2,8]{1,0} all-reduce(%x), replica_groups=NAMED, to_apply=%add
+  %cut = f32[2,2]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
   %sent = (f32[2,8]{1,0}, f32[2,8]{1,0}) collective-permute-start(%x), source_target_pairs=PAIRS
   ROOT %r = f32[2,8]{1,0} get-tuple-element(%loop), index=1
 }
@@ -190,6 +199,7 @@ def test_collectives_are_read_from_the_text_of_a_program():
     assert found == {
         ("all-gather", 128, 5, ("fsdp",)),
         ("all-reduce", 64, 1, ("data",)),
+        ("reduce-scatter", 64, 1, ("fsdp",)),
         ("collective-permute", 64, 1, ("fsdp",)),
     }
-    assert len(collectives.of_program(PROGRAM, mesh)) == 4  # the one in two pieces counts once
+    assert len(collectives.of_program(PROGRAM, mesh)) == 5  # the one in two pieces counts once

@@ -210,6 +210,7 @@ def pair(unpacked, weights, tmp_path_factory):
     return out, config, found
 
 
+@pytest.mark.long
 def test_a_pair_is_kept_with_the_law_of_its_codes(pair, unpacked):
     out, config, found = pair
     assert set(stored.Stored(out).arrays) == {"moments", "codes"}
@@ -240,6 +241,7 @@ def test_a_pair_is_kept_with_the_law_of_its_codes(pair, unpacked):
     assert caching.estimate(config, [unpacked]) == pytest.approx(found, rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_pair_stopped_and_divided_among_processes_is_the_same(pair, tmp_path):
     """Its law too, to the last bit; what is known of a shard counts as a part of it."""
     expected, config, _ = pair
@@ -278,6 +280,7 @@ def test_the_law_of_a_pair_passes_over_damaged_images(pair, weights, tmp_path):
     assert caching.estimate(config, []) == pytest.approx(found, rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "leaf"),
     [("kl", "to_moments"), pytest.param("vq", "to_code", marks=pytest.mark.slow)],
@@ -291,6 +294,7 @@ def test_a_pair_with_another_tokenizer_is_refused(name, leaf, pair, weights, tmp
         build.tokenizer(reading(pair_of(**paths), pair[0]))
 
 
+@pytest.mark.long
 def test_what_fits_no_pair_is_refused(pair, weights, tmp_path, capsys):
     out, config, _ = pair
     few = ("warm_start=0.4", "solver=ddim", "spacing=trailing", "num_head_evaluations=1")

@@ -22,6 +22,8 @@ from arcond_jax.evaluation import image_sets, reference, samples
 from arcond_jax.run import exclusive, restoring, training
 from arcond_jax.training import writer
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", autouse=True)
 def server():

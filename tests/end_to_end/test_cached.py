@@ -15,6 +15,8 @@ from arcond_jax.evaluation import samples
 from arcond_jax.run import caching, restoring, training
 from arcond_jax.training import writer
 
+pytestmark = pytest.mark.long
+
 FLOAT32 = caching.Options(dtype="float32", shard_images=500)
 
 

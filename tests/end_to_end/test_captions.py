@@ -14,6 +14,8 @@ from arcond_jax.run import captions as captions_lib
 from arcond_jax.run import drawing, restoring
 from arcond_jax.transport import refiners
 
+pytestmark = pytest.mark.long
+
 # The real config, its sizes cut down; 8x8 pixels make 4x4 tokens.
 NUM_PREFIX, WIDTH = 6, 8
 VQ = (

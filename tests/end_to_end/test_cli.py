@@ -185,6 +185,7 @@ def test_sample_into_a_missing_folder(finished, capsys):
     assert_one_line(arguments, capsys, finished, "does not exist: create it first")
 
 
+@pytest.mark.long
 def test_an_empty_bank_is_filled_before_it_refines(finished, copy_of, capsys):
     workdir = copy_of(finished, last_step=4)
     assert restoring.restore(workdir).bank is None
@@ -316,6 +317,7 @@ def test_train_sample_plain(finished, tmp_path, capsys):
     assert "arr_0" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_report_of_windows_changes_no_image(finished, tmp_path):
     page = tmp_path / "windows.html"
     arguments = ["sample", "--checkpoint", str(finished), "--num_images", "16", "--batch_size", "8"]

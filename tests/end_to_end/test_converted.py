@@ -19,6 +19,8 @@ from arcond_jax.evaluation import samples
 from arcond_jax.run import converting, drawing, restoring
 from arcond_jax.training import state as state_lib
 
+pytestmark = pytest.mark.long
+
 # The real config, its sizes cut down; 8x8 pixels make 4x4 tokens.
 OVERRIDES = (
     "data.image_size=8",

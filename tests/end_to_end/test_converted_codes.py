@@ -16,6 +16,8 @@ from arcond_jax.evaluation import samples
 from arcond_jax.models import causal, windows
 from arcond_jax.run import converting, initial, restoring
 
+pytestmark = pytest.mark.long
+
 # The real configs, their sizes cut down; 8x8 pixels make 4x4 tokens.
 BACKBONE = ("model.depth=1", "model.width=16", "model.num_heads=2", "model.remat=none")
 TOKENIZER = ("multipliers=(1,1)", "width=32", "num_blocks=1")

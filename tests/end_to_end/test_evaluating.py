@@ -39,6 +39,7 @@ def real(tmp_path):
     return path
 
 
+@pytest.mark.long
 def test_a_model_is_scored_as_its_samples_are(workdir, real, tmp_path, capsys):
     """Of the same seed, whatever the batches; and nothing but the card is written."""
     drawn = ["--checkpoint", workdir, PLAIN, "--num_images", 24, "--seed", 3]

@@ -17,6 +17,8 @@ from arcond_jax.evaluation import samples
 from arcond_jax.run import initial, restoring
 from arcond_jax.training import writer
 
+pytestmark = pytest.mark.long
+
 NAMES = ("daisy", "rose", "tulip")
 
 

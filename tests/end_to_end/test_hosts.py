@@ -43,6 +43,7 @@ def test_who_is_missing_is_named_in_one_line(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_told_to_stop_one_stops_all_and_the_restart_is_as_one_process(tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     more = ("training.num_train_steps=40", "training.checkpoint_every=100")

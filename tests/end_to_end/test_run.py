@@ -115,6 +115,7 @@ def test_stopped_by_a_signal_and_resumed_is_uninterrupted(
     assert_same_run(workdir, finished)
 
 
+@pytest.mark.long
 def test_a_picture_that_cannot_be_written_costs_no_step(tmp_path, caplog):
     def show(*_):
         raise FileExistsError("samples is a file")

@@ -15,6 +15,8 @@ from arcond_jax.cli import main
 from arcond_jax.evaluation import part, samples
 from arcond_jax.run import drawing, evaluating, exclusive, progress, sample_file
 
+pytestmark = pytest.mark.long
+
 PLAIN = "--config.transport.kind=none"
 
 

@@ -23,6 +23,8 @@ from arcond_jax.cli import main
 from arcond_jax.run import drawing, exporting, load, restoring
 from arcond_jax.transport import refiners
 
+pytestmark = pytest.mark.long
+
 SEED = 3_000_000_000  # more than an int32 holds
 FILES = {"load.py", "manifest.json", "sampler.stablehlo", "weights.safetensors"}
 CODES = {

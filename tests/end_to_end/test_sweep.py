@@ -12,6 +12,8 @@ from arcond_jax.cli import main
 from arcond_jax.evaluation import frechet, jackknife, moments
 from arcond_jax.run import sweep
 
+pytestmark = pytest.mark.long
+
 NUM_IMAGES = 200
 OVER = ("sampling.guidance_scale=1,2", "sampling.latent_temperature=0.5")
 

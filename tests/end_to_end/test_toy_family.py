@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import numpy as np
+import pytest
 import safetensors.numpy
 from test_converted import call, convert
 
@@ -14,6 +15,7 @@ from arcond_jax.training import writer
 CONFIG = pathlib.Path(__file__).parents[1] / "toy_family.py"
 
 
+@pytest.mark.long
 def test_one_model_file_and_one_record_do(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out.npz"
     call(["train", "--config", CONFIG, "--workdir", run])

@@ -21,6 +21,8 @@ from arcond_jax.evaluation import samples
 from arcond_jax.run import restoring, training
 from arcond_jax.training import writer
 
+pytestmark = pytest.mark.long
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "version_1"
 CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
 # Configs that serve conversion alone have other recipes now, which nothing reads; captions had

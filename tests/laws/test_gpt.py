@@ -84,6 +84,7 @@ def test_unrolled_layers_have_the_same_parameters_and_values(params, tokens, exp
     np.testing.assert_allclose(run(network)(params, tokens, None)[0], expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_recomputed_layers_give_the_same_value_and_gradient(params, tokens):
     results = []
     rngs = {"dropout": jax.random.key(3)}  # what is dropped must be drawn again alike

@@ -209,6 +209,7 @@ def test_cross_entropy_equals_the_naive_one_over_all_logits(params, tokens):
     )
 
 
+@pytest.mark.long
 def test_a_few_positions_at_a_time_give_the_same_loss_and_gradient(monkeypatch, params, tokens):
     codes_alone = generator(CODES_ONLY, tensor=dict(draft_weight=0.25))
 

@@ -308,6 +308,7 @@ def unrolled(params, loop):
     return mar.in_grid(tokens, order)
 
 
+@pytest.mark.long
 def test_buckets_equal_an_unrolled_loop(params):
     # Both steps in one bucket: the first sees slots that are empty and draws too many tokens.
     loop = sampler(guidance_scale=2.0, num_ar_steps=2, num_buckets=1)
@@ -344,6 +345,7 @@ def test_a_power_of_zero_is_constant_guidance(params, plain):
     assert jnp.abs(constant - plain).max() > 1e-3
 
 
+@pytest.mark.long
 def test_a_row_does_not_depend_on_its_batch(params, plain):
     alone = compiled(sampler(num_buckets=1))(params, RNG, LABEL[2:3], IDENTITY, 2)
     np.testing.assert_allclose(alone.tokens.latents, plain[2:3], rtol=2e-4, atol=2e-5)

@@ -157,6 +157,7 @@ SLOW_LAWS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [*LAWS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_LAWS)]
 )
@@ -185,6 +186,7 @@ def test_a_sampler_that_accepts_everything_is_found_out():
     assert np.all(drawn.variation > 0.01)
 
 
+@pytest.mark.long
 def test_a_row_does_not_depend_on_its_batch():
     sampler, label = speculative.Speculative(GUIDED), MANY
     together = run(sampler, label)
@@ -210,6 +212,7 @@ CAPTION = types.Caption(
 BACKBONES = {"class": LLAMAGEN, "caption": CAPTIONED, "rar": RAR, "magvit2": MAGVIT2}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("around", "name"),
     [
@@ -277,6 +280,7 @@ def test_rows_at_indices_of_their_own_are_those_of_separate_runs(name):
         np.testing.assert_allclose(found[row], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inner", [LLAMAGEN, RAR])
 def test_one_cache_for_all_layers_or_one_for_each_is_the_same(inner):
     def sampled(unroll):
@@ -387,6 +391,7 @@ class Shift:
 jax.tree_util.register_dataclass(Shift, ["amount"], [])
 
 
+@pytest.mark.long
 def test_conditions_are_refined_each_at_its_slot():
     base = dataclasses.replace(GUIDED, heads=(heads.Codes(top_k=1),))
     label = jnp.arange(6) % NUM_CLASSES

@@ -347,6 +347,7 @@ ANY = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["rar", pytest.param("magvit2", marks=pytest.mark.slow)])
 def test_any_model_in_windows_starts_as_itself(name, codes):
     inner, outer = ANY[name], windowed(ANY[name])

@@ -92,6 +92,7 @@ def test_identity_changes_nothing(batch):
     assert state is None
 
 
+@pytest.mark.long
 def test_calibrated_map_brings_fresh_conditions_closer_to_the_ideal_law(calibrated):
     before, after = energy_gain(calibrated[1])
     assert np.all(after < 0.5 * before)

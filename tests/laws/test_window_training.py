@@ -303,6 +303,7 @@ def laws(generator, params, token, codes):
     return jax.nn.softmax(logits), sum(picked)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "around"),
     [
@@ -343,6 +344,7 @@ def test_what_is_measured_of_windows_is_what_they_are(name, around):
         np.testing.assert_allclose(measured[key], value, atol=2e-5, err_msg=key)
 
 
+@pytest.mark.long
 def test_what_is_measured_is_the_step_that_was_trained():
     """With the random numbers of the step, also where orders are random."""
     network = windowed(INNER["rar"].clone(dropout=0.0, attention_dropout=0.0))

@@ -31,7 +31,9 @@ def config_of(variant, *more):
     return tiny.config(variant, *more)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(x, marks=pytest.mark.long) if x != "joint" else x for x in VARIANTS]
+)
 def test_an_update_moves_its_weights_and_no_activations(variant):
     """Two gathers and a reduction of every weight, with parameters cut over all devices."""
     config = config_of(variant, "mesh.data=2", "mesh.fsdp=4")

@@ -152,6 +152,7 @@ def pair_of(tokenizer):
     return paired.abstract(tokenizer, drawn(codes), with_law=False)
 
 
+@pytest.mark.long
 def test_a_pair_gives_what_each_of_the_two_gives(tokenizer, image):
     pair, rng = pair_of(tokenizer), jax.random.key(3)
     assert isinstance(pair, types.Tokenizer) and pair.grid == (2, 4) and pair.code_law is None

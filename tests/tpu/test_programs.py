@@ -50,6 +50,13 @@ def num_params(config):
     return sum(x.size for x in jax.tree.leaves(nn.unbox(build.abstract_params(config))))
 
 
+def largest_weight(config):
+    """Its numbers; of one block, where the blocks of a trunk are stacked."""
+    boxed = build.abstract_params(config)
+    weights = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return max(x.value.size // (x.value.shape[0] if "layers" in x.names else 1) for x in weights)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_update_moves_its_weights_and_no_activations(name):
     window = build.load_config(name).get("tensorar", {}).get("window", 1)
@@ -124,6 +131,10 @@ def test_a_full_update_fits_a_pod_and_moves_no_more_than_its_weights(name):
     report = aot.compile_for(config, topology.named("v5e:16x16"))
     assert report.fits and report.spare > 0.3
     assert moved(report) < 1.5 * 3 * 2 * num_params(config)
+    for x in report.collectives:
+        for _, shape in x.shapes:  # 80 rows of a gradient are padded to 96 before they are summed
+            assert math.prod(shape) <= 1.2 * largest_weight(config), x
+            assert report.batch_size not in shape, x
 
 
 @pytest.mark.slow

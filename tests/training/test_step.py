@@ -95,6 +95,7 @@ def test_loss_falls_in_20_steps(request, variant, share):
     assert after < share * before
 
 
+@pytest.mark.long
 def test_bfloat16_trains_float32_parameters():
     config, tokenizer = tiny.config("ar", "training.dtype=bfloat16"), fitted_tokenizer("ar")
     shapes = nn.unbox(build.abstract_state(config))
