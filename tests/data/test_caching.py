@@ -123,8 +123,8 @@ def batches(config, count=4):
     ("name", "dtype"),
     [
         pytest.param("kl", "float32", marks=pytest.mark.slow),
-        ("kl", "float16"),
-        ("vq", "uint16"),
+        pytest.param("kl", "float16", marks=pytest.mark.long),
+        pytest.param("vq", "uint16", marks=pytest.mark.long),
         pytest.param("maskgit_vq", "uint16", marks=pytest.mark.slow),
         ("lfq", "uint32"),
     ],

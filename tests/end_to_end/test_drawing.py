@@ -54,6 +54,7 @@ def test_pieces_change_no_image(drawer, latents, monkeypatch):
     np.testing.assert_array_equal(drawer.decode(tokens), whole)
 
 
+@pytest.mark.long
 def test_little_memory_changes_no_image(drawer, monkeypatch):
     label = np.arange(20, dtype=np.int32) % 10
     sizes, sample = [], drawing.Drawer.sample

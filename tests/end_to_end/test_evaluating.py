@@ -62,6 +62,7 @@ def test_a_model_is_scored_as_its_samples_are(workdir, real, tmp_path, capsys):
     assert of_model["reference"]["images"] == 360
 
 
+@pytest.mark.long
 def test_a_folder_is_scored_as_its_file(workdir, tmp_path):
     pngs = tmp_path / "s"
     given = ["--num_images", 40, "--out", tmp_path / "s.npz", "--png_dir", pngs]

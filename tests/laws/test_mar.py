@@ -351,6 +351,7 @@ def test_a_row_does_not_depend_on_its_batch(params, plain):
     np.testing.assert_allclose(alone.tokens.latents, plain[2:3], rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.long
 def test_known_tokens_stay_and_the_rest_is_drawn(params, latents):
     mask = jnp.zeros((len(LABEL), LENGTH), bool).at[:, jnp.array([1, 2, 7, 11, 12])].set(True)
     known = sampling.Known(latents, mask)

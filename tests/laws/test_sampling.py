@@ -354,7 +354,11 @@ def test_feeding_drafts_back_is_algorithm_one(params, renoise):
 
 @pytest.mark.parametrize(
     ("step", "drafts", "renoise"),
-    [(1, "feed", None), (2, "feed", NOISE), (4, "off", None)],
+    [
+        (1, "feed", None),
+        pytest.param(2, "feed", NOISE, marks=pytest.mark.long),
+        (4, "off", None),
+    ],
 )
 def test_a_stride_emits_the_head_of_each_window(params, step, drafts, renoise):
     codes = codes_only(drafts, step, renoise)(params, RNG, LABEL, IDENTITY, 0).tokens.codes

@@ -178,6 +178,7 @@ def test_the_loop_without_drafts_follows_the_law_itself():
     assert scipy.stats.chisquare(counts, counts.sum() * law).pvalue > 1e-3
 
 
+@pytest.mark.long
 def test_a_sampler_that_accepts_everything_is_found_out():
     sampler = speculative.Speculative(PLAIN, relaxed=1e9)
     assert chi_square(PLAIN, sampler) < 1e-9

@@ -15,6 +15,18 @@ FOLDER = pathlib.Path(
     os.environ.get("ARCOND_GOLDENS", pathlib.Path(__file__).parents[1] / "golden" / "parity")
 )
 FILES = sorted(FOLDER.glob("*.npz"))
+LONG = {
+    "fid_inception",
+    "kl16",
+    "llamagen_gpt",
+    "magvit2_gpt",
+    "magvit2_tokenizer",
+    "magvit2_tokenizer_factorized",
+    "mar_forward",
+    "maskgit_vqgan",
+    "rar",
+    "vq16",
+}
 
 
 def prefix_of(name: str) -> str | None:
@@ -24,7 +36,9 @@ def prefix_of(name: str) -> str | None:
 def marks_of(path: pathlib.Path) -> list[pytest.MarkDecorator]:
     """Of the archives of MAR's sampler the one with guidance and a temperature shows the most."""
     repeated = path.stem.startswith("mar_sample") and path.stem != "mar_sample_cfg2_temp0.9"
-    return [pytest.mark.slow] if repeated else []
+    if repeated:
+        return [pytest.mark.slow]
+    return [pytest.mark.long] if path.stem in LONG else []
 
 
 @pytest.mark.parametrize(

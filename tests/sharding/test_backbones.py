@@ -45,7 +45,7 @@ SETTINGS = {
     "dit": (*HEADS, *CLIPPED, *GUIDED),
     "rar": (*HEADS, "model.mlp_hidden=64", "tokenizer.num_codes=8", *GUIDED),
 }
-QUICK = {("mar", "2x2x2")}  # tests/sharding/test_mesh.py has a causal one
+LONG = {("mar", "2x2x2")}  # the others are slow; test_mesh.py has a causal one
 
 
 def config_of(family):
@@ -105,7 +105,9 @@ backbone = functools.cache(Backbone)
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [
-        pytest.param(family, mesh, marks=[] if (family, mesh) in QUICK else [pytest.mark.slow])
+        pytest.param(
+            family, mesh, marks=pytest.mark.long if (family, mesh) in LONG else pytest.mark.slow
+        )
         for family in SETTINGS
         for mesh in MESHES
     ],

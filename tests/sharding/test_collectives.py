@@ -24,7 +24,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(x, marks=pytest.mark.long) if x != "joint" else x for x in VARIANTS]
+)
 def test_a_guided_sampler_does_not_communicate(variant):
     config = tiny.config(variant, *GUIDED, *VARIANTS[variant])
     loop, mesh = build.sampler(config), mesh_lib.make_mesh(data=8)

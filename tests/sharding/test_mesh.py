@@ -268,7 +268,8 @@ def images_on(config, tokenizer, first_state):
     [
         pytest.param("data=8", marks=pytest.mark.slow),
         pytest.param("data=2 fsdp=2 tensor=2", marks=pytest.mark.slow),
-        "three devices",  # which divide neither the 16 images nor the batch of training
+        # Which divide neither the 16 images nor the batch of training.
+        pytest.param("three devices", marks=pytest.mark.long),
     ],
 )
 def test_images_are_the_same_on_one_device_and_many(name, images_on):

@@ -56,6 +56,7 @@ print("done")
 """
 
 
+@pytest.mark.long
 def test_two_processes_are_as_one(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(TOYS)
     import toy_network

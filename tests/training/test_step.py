@@ -83,7 +83,7 @@ def loss_before_and_after(run, num_steps):
 @pytest.mark.parametrize(
     ("variant", "share"),
     [
-        ("joint", 0.9),
+        pytest.param("joint", 0.9, marks=pytest.mark.long),
         pytest.param("ar", 0.95, marks=pytest.mark.slow),
         pytest.param("tensorar", 0.9, marks=pytest.mark.slow),
         pytest.param("base", 0.9, marks=pytest.mark.slow),
