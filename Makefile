@@ -27,7 +27,7 @@ demo: setup
 test: setup
 	$(BIN)/pytest -q -m "not long and not slow and not tpu" -n 2 --dist loadfile
 
-# Five seconds of a processor and more, each.
+# What takes more than about five seconds of a processor.
 long: setup
 	$(BIN)/pytest -q -m "long and not slow and not tpu" -n 2 --dist loadfile
 

@@ -121,7 +121,7 @@ FULL = (
     "cdm_xl_imagenet256",
     "joint_xl_imagenet256:joint_tensorar",
 )
-PIECES = {"ar_xl_imagenet256": 4, "mar_huge_imagenet256": 4, FULL[-1]: 8}
+PIECES = {"ar_xl_imagenet256": 2, "mar_huge_imagenet256": 4, FULL[-1]: 2}
 
 
 @pytest.mark.slow
