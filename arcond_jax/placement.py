@@ -7,12 +7,13 @@ What is said of placement inside a model is said here, and says nothing outside 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike, Shaped
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH = (DATA, FSDP)  # what cuts a batch
@@ -62,16 +63,10 @@ def num_batch_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def is_gathering() -> bool:
-    """Whether the program that is being traced has its weights cut along what cuts the batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape[FSDP] > 1
-
-
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Keeps the first axis on the mesh axes that cut a batch, and the others whole."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or set(BATCH) & set(mesh.manual_axes):  # there the batch is a device's own
         return x
     place = spec(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, place)
@@ -118,3 +113,37 @@ def gathered(
 
     gather.defvjp(lambda weight: (gather(weight), None), scatter)
     return gather(weight.astype(dtype))
+
+
+def sum_over_shards(
+    local: Callable[..., jax.Array], weights: Any, *rows: Shaped[Array, "b ..."]
+) -> jax.Array:
+    """`local(weights, *rows)` of what each device has of the rows, summed over what cuts a batch.
+
+    The gradient of the weights is added up on each device, in float32, and summed over devices
+    once. A compiler sums it where it is made: in a loop at every step.
+
+    Args:
+      weights: A tree of arrays that are whole along what cuts the batch, as of `gathered`.
+    """
+
+    def of_shard(weights: Any, *rows: jax.Array) -> jax.Array:
+        return local(jax.tree.map(lambda x: x.astype(jnp.float32), weights), *rows)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = num_batch_shards(mesh)
+    if shards == 1 or len(rows[0]) % shards:
+        return of_shard(weights, *rows)
+
+    def of_device(weights: Any, *rows: jax.Array) -> jax.Array:
+        # That they are about to differ is said here, outside all loops: its transpose is the sum.
+        weights = jax.lax.pcast(weights, BATCH, to="varying")
+        return jax.lax.psum(of_shard(weights, *rows), BATCH)
+
+    place = PartitionSpec(BATCH)
+    return jax.shard_map(
+        of_device,
+        in_specs=(PartitionSpec(), *[place] * len(rows)),
+        out_specs=PartitionSpec(),
+        axis_names=set(BATCH),
+    )(weights, *rows)

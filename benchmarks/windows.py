@@ -58,15 +58,14 @@ def cross_entropy(window: int, batch: int) -> dict[str, int]:
     settings = ["training.dtype=float32"] + [f"tensorar.window={window}"] * (window > 1)
     variant = ":tensorar_v1" if window > 1 else ""
     config = build.load_config(f"{NAME}{variant}", settings)
-    generator, network = build.generator(config), build.network(config)
+    network = build.network(config)
     params = nn.unbox(build.abstract_params(config))
     cond = jax.ShapeDtypeStruct((batch, LENGTH, config.model.width), jnp.float32)
     codes, rng = jax.ShapeDtypeStruct((batch, LENGTH, 1), jnp.int32), jax.random.key(0)
 
     def loss(params: Any, cond: Any, codes: Any) -> Any:
-        apply = functools.partial(generator.apply, params)
-        at = jnp.arange(LENGTH)
-        total, _ = losses.CodeLoss()(network, apply, cond, at, codes, None, rng)
+        model = losses.Bound(network, {"params": params})
+        total, _ = losses.CodeLoss()(model, cond, jnp.arange(LENGTH), codes, None, rng)
         return total
 
     gradient = jax.grad(loss, argnums=(0, 1))

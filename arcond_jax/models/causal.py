@@ -140,14 +140,12 @@ class Generator(generator.Generator):
             params = tensorar.frozen(params)
         fed = self._fed(params, tokens, prompt, rngs, step)
 
-        def apply(*args: Any, method: Any) -> Any:
-            return self.apply(params, *args, method=method, rngs={"dropout": rngs["dropout"]})
-
-        cond = apply(fed.token, fed.prompt, fed.at, method=teacher_forced)
+        model = losses.Bound(self.network, {"params": params}, {"dropout": rngs["dropout"]})
+        cond = model(fed.token, fed.prompt, fed.at, method=teacher_forced)
         total, metrics = jnp.zeros(()), fed.metrics
         told = (cond, fed.at, fed.codes, fed.latents, rngs["latents"])
         for part in self.losses:
-            loss, parts = part(self.network, apply, *told)
+            loss, parts = part(model, *told)
             total, metrics = total + loss, metrics | parts
         return total, {"loss": total} | metrics
 
@@ -167,18 +165,16 @@ class Generator(generator.Generator):
         fed = self._fed(params, tokens, prompt, self.rngs(rng), step)
         assert fed.codes is not None
 
-        def apply(*args: Any, method: Any) -> Any:
-            return self.apply(params, *args, method=method)
-
-        cond = apply(fed.plain, fed.prompt, fed.at, method=teacher_forced)
-        masked = measures.next_cross_entropy(apply, cond, fed.at, fed.codes)
-        accepted = measures.acceptance(self.network, apply, cond, fed.at, fed.codes)
+        model = losses.Bound(self.network, {"params": params})
+        cond = model(fed.plain, fed.prompt, fed.at, method=teacher_forced)
+        masked = measures.next_cross_entropy(model, cond, fed.at, fed.codes)
+        accepted = measures.acceptance(model, cond, fed.at, fed.codes)
         metrics = {f"windows/acceptance_{j}": x for j, x in enumerate(accepted, 1)}
         metrics |= {"windows/masked": masked}
         if fed.token is fed.plain:
             return metrics
-        cond = apply(fed.token, fed.prompt, fed.at, method=teacher_forced)
-        noised = measures.next_cross_entropy(apply, cond, fed.at, fed.codes)
+        cond = model(fed.token, fed.prompt, fed.at, method=teacher_forced)
+        noised = measures.next_cross_entropy(model, cond, fed.at, fed.codes)
         same = measures.unchanged(fed.token, fed.codes)[1:]
         metrics |= {f"windows/unchanged_{j}": x for j, x in enumerate(same, 1)}
         return metrics | {"windows/noised": noised, "windows/leak": masked - noised}

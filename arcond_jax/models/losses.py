@@ -8,7 +8,7 @@ windows.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -19,12 +19,38 @@ from arcond_jax import placement, types
 from arcond_jax.diffusion import gaussian
 from arcond_jax.diffusion import schedule as schedule_lib
 from arcond_jax.models import tensorar, windows
+from arcond_jax.nn import parameter
 
-# Runs the method of the network that `method` names, with its parameters.
-Apply = Callable[..., Any]
-RowsOf = Callable[[Array, Array, Array], Array]
-# Whose windows a device unfolds at a time: more, where it gathers weights for them each time.
-ROWS, ROWS_A_GATHER = 512, 2048
+# Rows of a window's entries: from the network, conditions, their codes, and where windows lie.
+RowsOf = Callable[[Any, Array, Array, Array], Array]
+# Whose windows a device unfolds at a time. Each time it adds up the gradient of the weights, which
+# takes an accelerator as long as many products.
+ROWS, ACCELERATOR_ROWS = 512, 2048
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bound:
+    """A network with its parameters; a call runs the method of it that `method` is or names.
+
+    Attributes:
+      variables: "params", and where they were gathered before, those under `parameter.WHOLE`.
+      rngs: Of what is random; none where nothing is.
+    """
+
+    network: Any
+    variables: Mapping[str, Any]
+    rngs: Mapping[str, Key[Array, ""]] | None = None
+
+    def __call__(self, *args: Any, method: Callable | str) -> Any:
+        return self.network.apply(self.variables, *args, method=method, rngs=self.rngs)
+
+    def whole(self, *args: Any, method: Callable | str) -> Any:
+        """What such a call reads of the parameters, as it computes with it.
+
+        With it as variables, calls gather nothing.
+        """
+        mutable = [parameter.WHOLE]
+        return self.network.apply(self.variables, *args, method=method, mutable=mutable)[1]
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -33,8 +59,7 @@ class Loss(Protocol):
 
     def __call__(
         self,
-        network: types.CausalModel,
-        apply: Apply,
+        model: Bound,
         cond: Float[Array, "b l d"],
         at: Int[Array, "*b l"],
         factors: Int[Array, "b l factors"] | None,
@@ -45,7 +70,7 @@ class Loss(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CodeLoss:
-    """Cross-entropy of codes in nats, summed over their factors.
+    """Cross-entropy of codes in nats, summed over their factors; no dropout in windows.
 
     Attributes:
       weight: Of this loss in the whole.
@@ -59,8 +84,7 @@ class CodeLoss:
 
     def __call__(
         self,
-        network: types.CausalModel,
-        apply: Apply,
+        model: Bound,
         cond: Float[Array, "b l d"],
         at: Int[Array, "*b l"],
         factors: Int[Array, "b l factors"] | None,
@@ -70,20 +94,14 @@ class CodeLoss:
         """Mean over positions; what of a window lies beyond the end is left out."""
         del latents, rng
         assert factors is not None
-        entries = cross_entropy(
-            apply,
-            lambda cond, codes, at: apply(cond, at, method="rows"),
-            cond,
-            at,
-            factors,
-            entries=range(network.window),
-        )
+        window = model.network.window
+        entries = cross_entropy(model, plain_rows, cond, at, factors, entries=range(window))
         first, drafts = jnp.sum(entries[0]), jnp.sum(entries[1:], axis=-1)
         metrics = {"cross_entropy": first}
         if entries.shape[1] > 1:
             metrics |= {f"cross_entropy/factor_{i}": x for i, x in enumerate(entries[0])}
         loss = first
-        if network.window > 1:
+        if window > 1:
             metrics |= {f"cross_entropy/draft_{j}": x for j, x in enumerate(drafts, 1)}
             loss = loss + self.draft_weight * weighted(drafts, self.draft_weights)
         return self.weight * loss, metrics | {"loss_tensor": loss}
@@ -101,8 +119,7 @@ class DraftLoss:
 
     def __call__(
         self,
-        network: types.CausalModel,
-        apply: Apply,
+        model: Bound,
         cond: Float[Array, "b l d"],
         at: Int[Array, "*b l"],
         factors: Int[Array, "b l factors"] | None,
@@ -111,17 +128,14 @@ class DraftLoss:
     ) -> tuple[Float[Array, ""], types.Metrics]:
         """Mean over positions; guesses about what lies beyond the end are left out."""
         del latents, rng
-        assert factors is not None and isinstance(network, tensorar.Drafter)
-        window = network.num_drafts + 1
+        assert factors is not None and isinstance(model.network, tensorar.Drafter)
+
+        def rows(network: Any, cond: Array, codes: Array, at: Array) -> Array:
+            return network.draft_rows(cond, codes, at)
+
+        entries = range(1, model.network.num_drafts + 1)
         cond = jax.lax.stop_gradient(cond)
-        drafts = cross_entropy(
-            apply,
-            lambda cond, codes, at: apply(cond, codes, at, method="draft_rows"),
-            cond,
-            at,
-            factors,
-            entries=range(1, window),
-        )
+        drafts = cross_entropy(model, rows, cond, at, factors, entries=entries)
         drafts = jnp.sum(drafts, axis=-1)
         loss = weighted(drafts, self.draft_weights)
         return loss, {f"cross_entropy/draft_{j}": x for j, x in enumerate(drafts, 1)}
@@ -154,8 +168,7 @@ class LatentLoss:
 
     def __call__(
         self,
-        network: types.CausalModel,
-        apply: Apply,
+        model: Bound,
         cond: Float[Array, "b l d"],
         at: Int[Array, "*b l"],
         factors: Int[Array, "b l factors"] | None,
@@ -169,10 +182,10 @@ class LatentLoss:
         codes = None
         if factors is not None:
             untold = jax.random.bernoulli(code_rng, self.code_dropout, latents.shape[:-1])
-            codes = jnp.where(untold, network.factor_sizes[0], factors[..., 0])
-        cond = apply(cond, codes, method="latent_cond")
+            codes = jnp.where(untold, model.network.factor_sizes[0], factors[..., 0])
+        cond = model(cond, codes, method="latent_cond")
         t, noise = drawn(time_rng, noise_rng, latents, self.num_copies, schedule=self.schedule)
-        mse, vb = diffusion_losses(apply, cond, latents, t, noise, schedule=self.schedule)
+        mse, vb = diffusion_losses(model, cond, latents, t, noise, schedule=self.schedule)
         mse, vb = jnp.mean(mse), jnp.mean(vb)
         metrics = {"diffusion/mse": mse, "diffusion/vb": vb, "loss_diffusion": mse + vb}
         return self.weight * (mse + vb), metrics
@@ -194,7 +207,7 @@ def drawn(
 
 
 def diffusion_losses(
-    apply: Apply,
+    model: Bound,
     cond: Float[Array, "b l d"],
     latents: Float[Array, "b l c"],
     t: Int[Array, "b copies l"],
@@ -206,12 +219,18 @@ def diffusion_losses(
     x0 = jnp.broadcast_to(latents[:, None], noise.shape)
     x = gaussian.q_sample(x0, t, noise, schedule=schedule)
     cond = jnp.broadcast_to(cond[:, None], (*noise.shape[:-1], cond.shape[-1]))
-    output = apply(x, t, cond, method="denoise")
+    output = model(x, t, cond, method="denoise")
     return gaussian.loss(output, x0, x, t, noise, schedule=schedule)
 
 
+def plain_rows(network: Any, cond: Array, codes: Array, at: Array) -> Array:
+    """The rows that codes are drawn from, which are told no codes; `RowsOf`."""
+    del codes
+    return network.rows(cond, at)
+
+
 def cross_entropy(
-    apply: Apply,
+    model: Bound,
     rows_of: RowsOf,
     cond: Float[Array, "b l d"],
     at: Int[Array, "*b l"],
@@ -222,21 +241,48 @@ def cross_entropy(
     """Mean cross-entropy of the given entries of the window and each factor, in nats.
 
     A few positions after another, and entry after entry there, with rematerialisation: neither the
-    rows of all windows nor the logits of all entries are ever held at once.
-
-    Args:
-      rows_of: Rows of these entries from conditions, their codes, and where windows lie.
+    rows of all windows nor the logits of all entries are ever held at once. Weights are gathered
+    before that and their gradient is summed over devices after it, however many rows there are.
+    Nothing is dropped out of windows.
     """
     (num_rows, length, _), window = factors.shape, entries.stop
     chosen = slice(entries.start, entries.stop)
     targets = windows.of(factors, window)[:, :, chosen]
     counted = jnp.asarray(windows.inside(length, window)[:, chosen], jnp.float32)
+    where = jnp.broadcast_to(windows.ahead(at, window), (num_rows, length, window))
+    rows = (cond, factors, where, targets)
+    if window == 1:
+        total = _summed(model, rows_of, counted, *rows)
+    else:
+
+        def read(network: Any, cond: Array, factors: Array, where: Array) -> Any:
+            row = rows_of(network, cond, factors, where)[..., 0, :]
+            return network.all_factor_logits(row, factors)
+
+        def of_shard(weights: Any, *rows: Array) -> Array:
+            return _summed(Bound(model.network, weights), rows_of, counted, *rows)
+
+        one = [jnp.zeros((1, 1, *x.shape[2:]), x.dtype) for x in rows[:-1]]
+        total = placement.sum_over_shards(of_shard, model.whole(*one, method=read), *rows)
+    return total / (jnp.sum(counted, axis=0)[:, None] * num_rows)
+
+
+def _summed(
+    model: Bound,
+    rows_of: RowsOf,
+    counted: Float[Array, "l entries"],
+    cond: Float[Array, "b l d"],
+    factors: Int[Array, "b l factors"],
+    where: Int[Array, "b l w"],
+    targets: Int[Array, "b l entries factors"],
+) -> Float[Array, "entries factors"]:
+    """Cross-entropy, summed over rows and positions that are counted."""
 
     @jax.checkpoint
     def of_entry(
         row: Float[Array, "b n d"], target: Int[Array, "b n factors"], weight: Float[Array, " n"]
     ) -> Float[Array, " factors"]:
-        logits = apply(row, target, method="all_factor_logits")
+        logits = model(row, target, method="all_factor_logits")
         log_p = [jax.nn.log_softmax(x) for x in logits]
         picked = [
             jnp.take_along_axis(x, target[..., i, None], axis=-1)[..., 0]
@@ -245,26 +291,25 @@ def cross_entropy(
         return jnp.stack([-jnp.sum(x * weight) for x in picked])
 
     def of_positions(cond, factors, where, targets, counted) -> Float[Array, "entries factors"]:
-        rows = rows_of(cond, factors, where)
+        rows = model(cond, factors, where, method=rows_of)
         scanned = (jnp.moveaxis(rows, 2, 0), jnp.moveaxis(targets, 2, 0), counted.T)
         return jax.lax.scan(lambda _, entry: (None, of_entry(*entry)), None, scanned)[1]
 
-    held = (cond, factors, windows.ahead(at, window), targets, counted)
+    held = (cond, factors, where, targets, counted)
+    (num_rows, length, window) = where.shape
     count = _positions(num_rows, length) if window > 1 else length
     if count == length:
-        total = of_positions(*held)
-    else:
-        axes = (1, 1, at.ndim - 1, 1, 0)  # of positions
-        pieces = [_pieces(x, axis, count) for x, axis in zip(held, axes, strict=True)]
-        checkpointed = jax.checkpoint(of_positions)
-        total = jnp.sum(jax.lax.map(lambda piece: checkpointed(*piece), pieces), axis=0)
-    return total / (jnp.sum(counted, axis=0)[:, None] * num_rows)
+        return of_positions(*held)
+    axes = (1, 1, 1, 1, 0)  # of positions
+    pieces = [_pieces(x, axis, count) for x, axis in zip(held, axes, strict=True)]
+    checkpointed = jax.checkpoint(of_positions)
+    return jnp.sum(jax.lax.map(lambda piece: checkpointed(*piece), pieces), axis=0)
 
 
 def _positions(num_rows: int, length: int) -> int:
     """How many positions are unfolded at a time: a divisor of all."""
-    rows = ROWS_A_GATHER if placement.is_gathering() else ROWS
-    at_most = max(1, rows * placement.num_batch_shards() // num_rows)
+    rows = ROWS if placement.platform() == "cpu" else ACCELERATOR_ROWS
+    at_most = max(1, rows // num_rows)
     return max(n for n in range(1, min(at_most, length) + 1) if length % n == 0)
 
 

@@ -332,11 +332,8 @@ class Generator(generator.Generator):
         noise: Float[Array, "b copies l c"],
     ) -> tuple[Float[Array, "b copies l"], Float[Array, "b copies l"]]:
         """Squared error of the noise and variational term of every position and copy."""
-
-        def apply(*args: Any, **options: Any) -> Any:
-            return self.apply(params, *args, **options)
-
-        return losses.diffusion_losses(apply, cond, latents, t, noise, schedule=self.schedule)
+        model = losses.Bound(self.network, {"params": params})
+        return losses.diffusion_losses(model, cond, latents, t, noise, schedule=self.schedule)
 
     def conditions(
         self,

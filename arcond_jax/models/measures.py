@@ -10,25 +10,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from arcond_jax import types
-from arcond_jax.models import losses, tensorar, windows
+from arcond_jax.models import losses, windows
 
 
 def next_cross_entropy(
-    apply: losses.Apply,
+    model: losses.Bound,
     cond: Float[Array, "b l d"],
     at: Int[Array, "*b l"],
     factors: Int[Array, "b l factors"],
 ) -> Float[Array, ""]:
     """Cross-entropy of entry 0 in nats, over all factors."""
-    first = losses.cross_entropy(
-        apply,
-        lambda cond, codes, at: apply(cond, at, method="rows"),
-        cond,
-        at,
-        factors,
-        entries=range(1),
-    )
-    return jnp.sum(first)
+    rows_of, entries = losses.plain_rows, range(1)
+    return jnp.sum(losses.cross_entropy(model, rows_of, cond, at, factors, entries=entries))
 
 
 def unchanged(token: types.Token, factors: Int[Array, "b l factors"]) -> Float[Array, " w"]:
@@ -40,8 +33,7 @@ def unchanged(token: types.Token, factors: Int[Array, "b l factors"]) -> Float[A
 
 
 def acceptance(
-    network: tensorar.Windowed | tensorar.Drafter,
-    apply: losses.Apply,
+    model: losses.Bound,
     cond: Float[Array, "b l d"],
     at: Int[Array, "*b l"],
     factors: Int[Array, "b l factors"],
@@ -50,13 +42,13 @@ def acceptance(
 
     Laws are of one draft after the other: those of all are never held at once.
     """
-    (num_rows, length, _), window = factors.shape, network.num_drafts + 1
+    (num_rows, length, _), window = factors.shape, model.network.num_drafts + 1
     entries = windows.ahead(at, window)
-    first = apply(cond, entries[..., :1], method="rows")[..., 0, :]
-    drafts = apply(cond, factors, entries, method="draft_rows")
+    first = model(cond, entries[..., :1], method="rows")[..., 0, :]
+    drafts = model(cond, factors, entries, method="draft_rows")
 
     def law(row: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
-        return jax.nn.softmax(apply(row, factors[..., :0], method="factor_logits"))
+        return jax.nn.softmax(model(row, factors[..., :0], method="factor_logits"))
 
     real = law(first)
 

@@ -16,6 +16,8 @@ normal_init = nn.initializers.normal(0.02)
 zeros_init = nn.initializers.zeros_init()
 ones_init = nn.initializers.ones_init()
 
+WHOLE = "whole"  # variables under this name are parameters that were gathered before
+
 
 def parameter(
     module: nn.Module,
@@ -29,14 +31,22 @@ def parameter(
 ) -> jax.Array:
     """A parameter of `module` in `dtype`, gathered along what cuts the batch.
 
+    A program may gather it before it is read again and again: it is written under `WHOLE`, where
+    that can be written to, and read from there.
+
     Args:
       axes: Names of its axes, as the sharding rules have them.
       looked_up: Whether it is a table of rows. That is moved in `dtype` but comes as it is stored,
         so that the gradients of equal rows are added in float32.
     """
+    used = jnp.float32 if looked_up else dtype
+    if module.has_variable(WHOLE, name):
+        return module.get_variable(WHOLE, name).astype(used)
     # Flax hands back the array itself; only the stored tree is boxed with the names.
     stored = jnp.asarray(
         module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
     )
     whole = placement.gathered(stored, axes, dtype, looked_up=looked_up)
-    return whole.astype(stored.dtype if looked_up else dtype)
+    if module.is_mutable_collection(WHOLE) and not module.is_initializing():
+        module.put_variable(WHOLE, name, whole)
+    return whole.astype(used)

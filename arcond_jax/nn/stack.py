@@ -5,6 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from arcond_jax.nn import parameter
+
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -25,7 +27,7 @@ def scanned(
     """
     return nn.scan(
         rematerialised(block, remat, in_scan=True),
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, parameter.WHOLE: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,

@@ -185,6 +185,29 @@ def test_weights_of_entries_make_the_mean_of_their_losses(guesses):
     np.testing.assert_allclose(total, wanted, rtol=1e-6)
 
 
+def test_nothing_is_dropped_out_of_windows():
+    """A mask would depend on how many rows a device has and unfolds at a time."""
+    backbone = INNER["magvit2"].backbone.clone(dropout=0.5)
+    inner = INNER["magvit2"].clone(backbone=backbone)
+    cond = jax.random.normal(jax.random.key(1), (len(LABEL), LENGTH, 16))
+    codes = factors.split(CODES, inner.factor_sizes)
+
+    def totals(network):
+        params = random_params(causal.Generator(network, ()))
+
+        @jax.jit
+        def total(rng):
+            model = losses.Bound(network, {"params": params}, {"dropout": rng})
+            return losses.CodeLoss()(model, cond, jnp.arange(LENGTH), codes, None, rng)[0]
+
+        return total(jax.random.key(1)), total(jax.random.key(2))
+
+    one, two = totals(windowed(inner))
+    assert np.isfinite(one) and one == two
+    one, two = totals(inner)
+    assert one != two
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(window=LENGTH), dict(residual=False)])
 def test_the_longest_window_and_no_residual_train_and_sample(options):

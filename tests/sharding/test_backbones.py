@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from arcond_jax import build
+from arcond_jax.models import losses
 from arcond_jax.parallel import compiled
 from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.run import refinement, restoring
@@ -45,7 +46,7 @@ SETTINGS = {
     "dit": (*HEADS, *CLIPPED, *GUIDED),
     "rar": (*HEADS, "model.mlp_hidden=64", "tokenizer.num_codes=8", *GUIDED),
 }
-LONG = {("mar", "2x2x2")}  # the others are slow; test_mesh.py has a causal one
+LONG = {("mar", "2x2x2"), ("tensorar", "2x2x2")}  # others are slow; test_mesh.py has a causal one
 
 
 def config_of(family):
@@ -100,6 +101,14 @@ class Backbone:
 
 
 backbone = functools.cache(Backbone)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rows():
+    """Windows are unfolded in several pieces: of one image 4 positions, of all 8 images one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "ROWS", 4)
+        yield
 
 
 @pytest.mark.parametrize(
