@@ -120,30 +120,23 @@ def sum_over_shards(
 ) -> jax.Array:
     """`local(weights, *rows)` of what each device has of the rows, summed over what cuts a batch.
 
-    The gradient of the weights is added up on each device, in float32, and summed over devices
-    once. A compiler sums it where it is made: in a loop at every step.
+    The gradient of the weights is added up on each device, and then summed over devices, once; both
+    in float32. A compiler sums it where it is made: in a loop at every step.
 
     Args:
-      weights: A tree of arrays that are whole along what cuts the batch, as of `gathered`.
+      weights: A tree of arrays. Those that are read should be whole along what cuts the batch, as
+        they come from `gathered`; others are gathered here as they are stored.
     """
-
-    def of_shard(weights: Any, *rows: jax.Array) -> jax.Array:
-        return local(jax.tree.map(lambda x: x.astype(jnp.float32), weights), *rows)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = num_batch_shards(mesh)
+    weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
+    shards = num_batch_shards()
     if shards == 1 or len(rows[0]) % shards:
-        return of_shard(weights, *rows)
-
-    def of_device(weights: Any, *rows: jax.Array) -> jax.Array:
-        # That they are about to differ is said here, outside all loops: its transpose is the sum.
-        weights = jax.lax.pcast(weights, BATCH, to="varying")
-        return jax.lax.psum(of_shard(weights, *rows), BATCH)
-
+        return local(weights, *rows)
     place = PartitionSpec(BATCH)
-    return jax.shard_map(
-        of_device,
+    sums = jax.shard_map(
+        lambda *args: local(*args)[None],
         in_specs=(PartitionSpec(), *[place] * len(rows)),
-        out_specs=PartitionSpec(),
+        out_specs=place,
         axis_names=set(BATCH),
+        check_vma=False,
     )(weights, *rows)
+    return jnp.sum(sums, axis=0)

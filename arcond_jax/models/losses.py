@@ -33,8 +33,8 @@ class Bound:
     """A network with its parameters; a call runs the method of it that `method` is or names.
 
     Attributes:
-      variables: "params", and where they were gathered before, those under `parameter.WHOLE`.
-      rngs: Of what is random; none where nothing is.
+      variables: "params", and those that were gathered before under `parameter.WHOLE`.
+      rngs: Of what is random; None where nothing is dropped out.
     """
 
     network: Any
@@ -45,12 +45,10 @@ class Bound:
         return self.network.apply(self.variables, *args, method=method, rngs=self.rngs)
 
     def whole(self, *args: Any, method: Callable | str) -> Any:
-        """What such a call reads of the parameters, as it computes with it.
-
-        With it as variables, calls gather nothing.
-        """
+        """Variables of which calls that read what this one does gather nothing."""
         mutable = [parameter.WHOLE]
-        return self.network.apply(self.variables, *args, method=method, mutable=mutable)[1]
+        whole = self.network.apply(self.variables, *args, method=method, mutable=mutable)[1]
+        return {**self.variables, **whole}
 
 
 @runtime_checkable  # annotations are checked at run time in the tests
@@ -259,8 +257,9 @@ def cross_entropy(
             row = rows_of(network, cond, factors, where)[..., 0, :]
             return network.all_factor_logits(row, factors)
 
-        def of_shard(weights: Any, *rows: Array) -> Array:
-            return _summed(Bound(model.network, weights), rows_of, counted, *rows)
+        def of_shard(variables: Any, *rows: Array) -> Array:
+            # Without rngs: what is dropped would depend on how many rows a device has.
+            return _summed(Bound(model.network, variables), rows_of, counted, *rows)
 
         one = [jnp.zeros((1, 1, *x.shape[2:]), x.dtype) for x in rows[:-1]]
         total = placement.sum_over_shards(of_shard, model.whole(*one, method=read), *rows)

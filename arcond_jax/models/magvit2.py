@@ -30,9 +30,9 @@ FACTOR_SIZES = (2**6, 2**12)  # `factorized_bits` of the same files
 class MAGVIT2(prompted.Prompted, kw_only=True):
     """The network, a `types.CausalModel` of codes; its loss is in `Generator`.
 
-    The blocks over factors share the backbone's dropouts; the official recipe has `dropout` 0.1
-    (`resid_dropout_p` of the configs, `ffn_dropout_p` of gpt.py), none of attention weights, and
-    `token_dropout` 0.1.
+    The blocks over factors share the backbone's dropouts, but have none in windows; the official
+    recipe has `dropout` 0.1 (`resid_dropout_p` of the configs, `ffn_dropout_p` of gpt.py), none of
+    attention weights, and `token_dropout` 0.1.
 
     Attributes:
       factor_sizes: Values of each factor of a code, the lowest bits first.

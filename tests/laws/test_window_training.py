@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import toy_model
 
 from arcond_jax import build, types
 from arcond_jax.models import causal, gpt, llamagen, losses, magvit2, rar, tensorar, windows
@@ -206,6 +207,35 @@ def test_nothing_is_dropped_out_of_windows():
     assert np.isfinite(one) and one == two
     one, two = totals(inner)
     assert one != two
+
+
+def test_windows_around_a_head_with_parameters_and_a_loop_of_its_own():
+    class Own(toy_model.Bag):
+        def setup(self):
+            super().setup()
+            self.own_head = nn.Dense(self.num_codes)
+
+        def all_factor_logits(self, row, factors):
+            y = self.own_head(row)
+            total, _ = jax.lax.scan(lambda carry, x: (carry + x, None), jnp.zeros(y.shape), y[None])
+            return [total]
+
+    network = windowed(Own(length=LENGTH, num_codes=NUM_CODES, num_classes=3, width=16))
+    generator = causal.Generator(network, (losses.CodeLoss(),), label_dropout=0.0)
+    params, mesh = random_params(generator), mesh_lib.make_mesh(data=4, devices=jax.devices()[:4])
+
+    def loss(params, tokens, label):
+        return generator.loss(params, tokens, label, jax.random.key(0))[0]
+
+    run = jax.jit(jax.value_and_grad(loss))
+    one, gradient = run(params, TOKENS, LABEL)
+    with jax.set_mesh(mesh):
+        four, on_four = run(params, *jax.device_put((TOKENS, LABEL), mesh_lib.batch_sharding(mesh)))
+    np.testing.assert_allclose(four, one, rtol=1e-6)
+    assert np.any(gradient["own_head"]["kernel"])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), on_four, gradient
+    )
 
 
 @pytest.mark.slow

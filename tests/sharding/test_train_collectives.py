@@ -15,7 +15,12 @@ BATCH = 8 * 23  # unlike any other size
 BLOCKS = ("model.depth=2", "model.width=32", "model.num_heads=2")
 VARIANTS = {
     "joint": ("diffusion_head.depth=2", "loss.num_copies=3", "model.remat=full"),
-    "tensorar": ("tensorar.window=3", "tensorar.drafts=noised", "tensorar.noise=self"),
+    "tensorar": (
+        "tensorar.window=3",
+        "tensorar.drafts=noised",
+        "tensorar.noise=self",
+        "training.dtype=bfloat16",
+    ),
     "mar": ("diffusion_head.depth=2", "loss.num_copies=3"),
     "dit": BLOCKS,
     "rar": (*BLOCKS, "model.mlp_hidden=64", "tokenizer.num_codes=64"),
