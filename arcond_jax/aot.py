@@ -225,7 +225,7 @@ def _train(config: build.Config, mesh: Mesh) -> _Program:
 
 
 def _sample(config: build.Config, mesh: Mesh) -> _Program:
-    refiner = refinement.abstract_refiner(_trained(config, mesh))
+    refiner = refinement.abstract_refiner(config)
     return _drawn(config, mesh, refiner, config.data.batch_size)
 
 
@@ -234,7 +234,7 @@ def _calibrate(config: build.Config, mesh: Mesh) -> _Program:
         raise build.ConfigError(
             f"transport.kind {config.transport.kind} fits nothing: there is nothing to calibrate"
         )
-    calibrator, label = refinement.abstract_calibrator(_trained(config, mesh))
+    calibrator, label = refinement.abstract_calibrator(config)
     return _drawn(config, mesh, calibrator, len(label))
 
 

@@ -115,6 +115,29 @@ def gathered(
     return gather(weight.astype(dtype))
 
 
+def map_shards(local: Callable[..., Any], whole: Any, *rows: Any) -> Any:
+    """`local(whole, *rows)` with the rows that each device has; what it returns is cut alike.
+
+    So rows are laid out, or moved by what lies beside them, without asking other devices.
+
+    Args:
+      whole: A tree of arrays; of what cuts a batch, each device reads all of them.
+      rows: Trees of arrays whose first axis a batch's cuts cut; the first is an array with as many
+        rows as the batch. Where they do not divide, all are one piece.
+    """
+    shards = num_batch_shards()
+    if shards == 1 or len(rows[0]) % shards:
+        return local(whole, *rows)
+    place = PartitionSpec(BATCH)
+    return jax.shard_map(
+        local,
+        in_specs=(PartitionSpec(), *[place] * len(rows)),
+        out_specs=place,
+        axis_names=set(BATCH),
+        check_vma=False,
+    )(whole, *rows)
+
+
 def sum_over_shards(
     local: Callable[..., jax.Array], weights: Any, *rows: Shaped[Array, "b ..."]
 ) -> jax.Array:
@@ -128,15 +151,4 @@ def sum_over_shards(
         they come from `gathered`; others are gathered here as they are stored.
     """
     weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
-    shards = num_batch_shards()
-    if shards == 1 or len(rows[0]) % shards:
-        return local(weights, *rows)
-    place = PartitionSpec(BATCH)
-    sums = jax.shard_map(
-        lambda *args: local(*args)[None],
-        in_specs=(PartitionSpec(), *[place] * len(rows)),
-        out_specs=place,
-        axis_names=set(BATCH),
-        check_vma=False,
-    )(weights, *rows)
-    return jnp.sum(sums, axis=0)
+    return jnp.sum(map_shards(lambda *args: local(*args)[None], weights, *rows), axis=0)

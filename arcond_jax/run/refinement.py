@@ -104,11 +104,14 @@ def calibrate(trained: Trained, config: build.Config | None = None) -> types.Ref
     if trained.config.sampling.get("speculative"):
         without = build.changed(trained.config, WITHOUT_SPECULATION)
         trained = dataclasses.replace(trained, config=without)
-    config, kind = trained.config, transport_lib.kind_of(trained.config)
+    kind = transport_lib.kind_of(trained.config)
     bank = None if kind.bank is None else _fitting_bank(trained)
     if kind.unfitted is not None:
-        return kind.unfitted(bank, transport_lib.options(config))
-    calibrator, label = _calibrator(trained, bank)
+        return kind.unfitted(bank, transport_lib.options(trained.config))
+    operators = None
+    if trained.config.transport.inverse_weight:
+        operators = inverse.fit_inverse(jnp.asarray(conditions(trained, "train")[0]))
+    calibrator, label = _calibrator(trained.config, bank, operators)
     with stalling.longer():
         sampled = drawing.Drawer(trained).sample(calibrator, label, seed=CALIBRATION_SEED)
         return calibrator.finish(sampled.refiner_state)
@@ -124,12 +127,10 @@ def _fitting_bank(trained: Trained) -> Any:
     return filled_bank(trained)
 
 
-def _calibrator(trained: Trained, bank: Any) -> tuple[refiners.Calibrator, Int[np.ndarray, " n"]]:
+def _calibrator(
+    config: build.Config, bank: Any, operators: inverse.Inverse | None
+) -> tuple[refiners.Calibrator, Int[np.ndarray, " n"]]:
     """The calibrator of the config, and the labels of its rollout."""
-    config = trained.config
-    operators = None
-    if config.transport.inverse_weight:
-        operators = inverse.fit_inverse(jnp.asarray(conditions(trained, "train")[0]))
     num_rows = bank.count.shape[1] * config.transport.num_sources
     label = np.arange(num_rows) * config.data.num_classes // num_rows  # class-major, evenly
     return transport_lib.calibrator(config, bank, operators), label.astype(np.int32)
@@ -206,32 +207,30 @@ def load_refiner(trained: Trained, workdir: epath.PathLike, config: build.Config
                 f"the refiner in {workdir} was calibrated with {name}={saved[name]}, not "
                 f"{value}: the conditions depend on it, so run `arcond calibrate` again"
             )
-    shapes = abstract_refiner(dataclasses.replace(trained, config=config))
-    abstract = mesh_lib.shapes_in(shapes, mesh_lib.replicated(trained.mesh))
+    abstract = mesh_lib.shapes_in(abstract_refiner(config), mesh_lib.replicated(trained.mesh))
     return checkpoint.load_tree(str(directory), abstract)
 
 
-def abstract_calibrator(trained: Trained) -> tuple[refiners.Calibrator, Int[np.ndarray, " n"]]:
-    """The calibrator of the config with the shapes of a bank, and the labels of its rollout."""
-    bank = jax.eval_shape(lambda: build.empty_bank(trained.config))
-    return _calibrator(trained, bank)
-
-
-def abstract_refiner(trained: Trained) -> Any:
-    """Shapes of the refiner that the config asks for."""
-    config = trained.config
-    kind = transport_lib.kind_of(config)
+def abstract_calibrator(
+    config: build.Config,
+) -> tuple[refiners.Calibrator, Int[np.ndarray, " n"]]:
+    """The shapes of the config's calibrator, and the labels of its rollout."""
     bank = jax.eval_shape(lambda: build.empty_bank(config))
-    if kind.unfitted is not None:
-        unfitted = kind.unfitted
+    operators = None
+    if config.transport.inverse_weight:
+        cond = jax.ShapeDtypeStruct((2, bank.count.shape[0], bank.width), jnp.float32)
+        operators = jax.eval_shape(inverse.fit_inverse, cond)
+    return _calibrator(config, bank, operators)
+
+
+def abstract_refiner(config: build.Config) -> Any:
+    """Shapes of the refiner that the config asks for."""
+    unfitted = transport_lib.kind_of(config).unfitted
+    if unfitted is not None:
+        bank = jax.eval_shape(lambda: build.empty_bank(config))
         return jax.eval_shape(lambda bank: unfitted(bank, transport_lib.options(config)), bank)
-    calibrator, label = abstract_calibrator(trained)
-
-    def fitted(bank: Any) -> types.Refiner:
-        filled = dataclasses.replace(calibrator, bank=bank)
-        return filled.finish(filled.init(jnp.asarray(label)))
-
-    return jax.eval_shape(fitted, bank)
+    calibrator, label = abstract_calibrator(config)
+    return jax.eval_shape(lambda x: x.finish(x.init(jnp.asarray(label))), calibrator)
 
 
 def _refiner_settings(trained: Trained, config: build.Config) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from arcond_jax import placement
 from arcond_jax.transport import bank as bank_lib
 from arcond_jax.transport import blocks as blocks_lib
 from arcond_jax.transport import options as options_lib
@@ -192,11 +193,15 @@ class PerGroup:
         )
 
     def arrange(self, group: Int[Array, " b"], num_groups: int) -> blocks_lib.Blocks | None:
-        """Rows of each group side by side, so that they share one matrix product with its map.
+        """Rows of each group on a device side by side: they share one product with its map.
 
         None where there is one group, or one row.
         """
-        return None if 1 in (num_groups, group.shape[0]) else blocks_lib.make(group, num_groups)
+        if 1 in (num_groups, group.shape[0]):
+            return None
+        return placement.map_shards(
+            lambda _, group: blocks_lib.make(group, num_groups), None, group
+        )
 
     def refine(
         self,
@@ -211,7 +216,12 @@ class PerGroup:
         one_group = functools.partial(refine_rows, options=options)
         if arranged is None:
             return one_group(cond, jax.tree.map(lambda leaf: leaf[group[0]], maps))
-        return blocks_lib.apply(one_group, cond, maps, blocks=arranged)
+        return placement.map_shards(
+            lambda maps, cond, blocks: blocks_lib.apply(one_group, cond, maps, blocks=blocks),
+            maps,
+            cond,
+            arranged,
+        )
 
     def refine_source(
         self,

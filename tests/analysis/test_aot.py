@@ -56,7 +56,8 @@ def test_the_batch_is_the_one_that_training_places(config):
 
 @pytest.mark.parametrize("what", ["sample", "calibrate"])
 def test_sampling_and_calibration_compile(config, what):
-    config = build.with_overrides(config, ["transport.kind=residual", "mesh.fsdp=1"])
+    settings = ("transport.kind=residual", "transport.inverse_weight=0.1", "mesh.fsdp=1")
+    config = build.with_overrides(config, settings)
     report = aot.compile_for(config, topology.named("cpu"), what=what)
     assert report.fits and report.operations > 0
     assert report.parts["refiner"] > 0

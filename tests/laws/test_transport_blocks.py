@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arcond_jax import placement
+from arcond_jax.parallel import compiled
+from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.transport import blocks as blocks_lib
 
 LAYOUTS = {
@@ -33,6 +36,30 @@ def test_each_row_is_moved_by_the_map_of_its_group(name):
     np.testing.assert_array_equal(refined, x * scale[group])
     rows = np.asarray(blocks.row)
     np.testing.assert_array_equal(np.sort(rows[rows < num_rows]), np.arange(num_rows))
+
+
+def test_devices_lay_out_their_own_rows():
+    mesh = mesh_lib.make_mesh(data=4, fsdp=2)
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 10, 64).astype(np.int32)
+    x = rng.normal(size=(64, 3)).astype(np.float32)
+    scale = rng.normal(size=(10, 3)).astype(np.float32)
+
+    def moved(x, group, scale):
+        blocks = placement.map_shards(lambda _, mine: blocks_lib.make(mine, 10), None, group)
+        return placement.map_shards(
+            lambda scale, x, blocks: blocks_lib.apply(
+                lambda rows, one: rows * one, x, scale, blocks=blocks
+            ),
+            scale,
+            x,
+            blocks,
+        )
+
+    rows, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+    program = compiled.Compiled(moved, mesh, in_shardings=(rows, rows, whole))
+    args = jax.device_put((x, group, scale), (rows, rows, whole))
+    np.testing.assert_array_equal(program(*args), x * scale[group])
 
 
 @pytest.mark.parametrize(("num_rows", "num_groups"), [(64, 1000), (64, 10), (1000, 10), (5, 5)])

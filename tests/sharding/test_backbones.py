@@ -27,6 +27,7 @@ MESHES = {
 LABEL = np.arange(8, dtype=np.int32)
 HEADS = ("model.depth=2", "model.width=32", "model.num_heads=8")
 HEAD_WIDTH = ("diffusion_head.width=32",)
+CODES = ("tokenizer.num_codes=8",)
 GUIDED = ("sampling.guidance_scale=2",)
 CLIPPED = ("sampling.clip_latents=2", "sampling.num_head_evaluations=2")
 MAR = (
@@ -37,22 +38,25 @@ MAR = (
     "sampling.num_ar_steps=2",
     "sampling.num_buckets=1",
 )
-REFINED = ("transport.kind=residual", "transport.num_directions=8")
+STORED = ("transport.kind=stored", "transport.epsilon=1")  # less would enlarge roundings
+RESIDUAL = ("transport.kind=residual", "transport.num_directions=8")
+REFINED = ("mar", "joint")  # others are drawn plainly
 SETTINGS = {
-    "mar": (*MAR, *HEAD_WIDTH, *CLIPPED),
+    "mar": (*MAR, *HEAD_WIDTH, *CLIPPED, *STORED),
     "ar": (*HEADS, *HEAD_WIDTH, *CLIPPED),
-    "joint": (*HEADS, *HEAD_WIDTH, *CLIPPED, *GUIDED, *REFINED),
+    "joint": (*HEADS, *HEAD_WIDTH, *CLIPPED, *GUIDED, *RESIDUAL),
     "tensorar": (*HEADS, *GUIDED),
     "dit": (*HEADS, *CLIPPED, *GUIDED),
-    "rar": (*HEADS, "model.mlp_hidden=64", "tokenizer.num_codes=8", *GUIDED),
+    "rar": (*HEADS, "model.mlp_hidden=64", *CODES, *GUIDED),
+    "llamagen": (*HEADS, *CODES, *GUIDED),
+    "magvit2": (*HEADS, "model.factor_sizes=(2,4)", *CODES, *GUIDED),
 }
-LONG = {("mar", "2x2x2"), ("tensorar", "2x2x2")}  # others are slow; test_mesh.py has a causal one
+ON_DIGITS = {"dit": "pixels", "rar": "patches", "llamagen": "patches", "magvit2": "patches"}
 
 
 def config_of(family):
-    if family in ("dit", "rar"):
-        tokenizer = {"dit": "pixels", "rar": "patches"}[family]
-        config = build.config(model=family, tokenizer=tokenizer, data="digits")
+    if family in ON_DIGITS:
+        config = build.config(model=family, tokenizer=ON_DIGITS[family], data="digits")
         return build.with_overrides(config, SETTINGS[family])
     return tiny.config(family, *SETTINGS[family])
 
@@ -68,11 +72,9 @@ class Backbone:
         self.tokenizer = build.tokenizer(self.config)
         split = build.source(self.config, "train")
         self.image = np.stack([split[i]["image"] for i in range(len(LABEL))])
-        self.refiner = self._refiner()
+        self.refiner = self._refiner() if family in REFINED else refiners.Identity()
 
     def _refiner(self):
-        if self.config.transport.kind != "residual":
-            return refiners.Identity()
         mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
         trained = restoring.Trained(self.config, mesh, self.tokenizer, self.params, None, 0, None)
         return jax.device_get(refinement.calibrate(trained))
@@ -114,9 +116,7 @@ def few_rows():
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [
-        pytest.param(
-            family, mesh, marks=pytest.mark.long if (family, mesh) in LONG else pytest.mark.slow
-        )
+        pytest.param(family, mesh, marks=pytest.mark.long if mesh == "2x2x2" else pytest.mark.slow)
         for family in SETTINGS
         for mesh in MESHES
     ],

@@ -24,22 +24,21 @@ VARIANTS = {
     "mar": ("diffusion_head.depth=2", "loss.num_copies=3"),
     "dit": BLOCKS,
     "rar": (*BLOCKS, "model.mlp_hidden=64", "tokenizer.num_codes=64"),
+    "llamagen": (*BLOCKS, "tokenizer.num_codes=64"),
+    "magvit2": (*BLOCKS, "tokenizer.num_codes=64", "model.factor_sizes=(8,8)"),
 }
+ON_DIGITS = {"dit": "pixels", "rar": "patches", "llamagen": "patches", "magvit2": "patches"}
 
 
 def config_of(variant, *more):
     more = (f"data.batch_size={BATCH}", *VARIANTS[variant], *more)
-    if variant in ("dit", "rar"):
-        tokenizer = {"dit": "pixels", "rar": "patches"}[variant]
-        return build.with_overrides(
-            build.config(model=variant, tokenizer=tokenizer, data="digits"), more
-        )
+    if variant in ON_DIGITS:
+        config = build.config(model=variant, tokenizer=ON_DIGITS[variant], data="digits")
+        return build.with_overrides(config, more)
     return tiny.config(variant, *more)
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(x, marks=pytest.mark.long) if x != "joint" else x for x in VARIANTS]
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_an_update_moves_its_weights_and_no_activations(variant, monkeypatch):
     """Two gathers and a reduction of every weight, with parameters cut over all devices."""
     monkeypatch.setattr(losses, "ROWS", 2 * 23)  # windows come in eight pieces
