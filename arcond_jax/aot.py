@@ -29,6 +29,7 @@ from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.parallel import topology as topology_lib
 from arcond_jax.run import drawing, refinement, restoring
 from arcond_jax.training import state as state_lib
+from arcond_jax.transport import refiners
 
 WHAT = ("train", "sample", "calibrate")
 # What the compiler says of a program that takes too much.
@@ -138,7 +139,7 @@ def compile_for(
         temporary=temporary,
         limit=limit,
         fits=fits and sum(program.parts.values()) + temporary <= limit,
-        operations=None if count is None else count / mesh.size,
+        operations=None if count is None else count / program.num_shares,
         attention=_attention(traced.jaxpr),
         collectives=found,
         compile_seconds=time.perf_counter() - start,
@@ -207,6 +208,7 @@ class _Program:
     args: tuple[Any, ...]
     parts: dict[str, int]
     num_rows: int
+    num_shares: int  # of the operations: a device does one
 
 
 def _train(config: build.Config, mesh: Mesh) -> _Program:
@@ -221,11 +223,19 @@ def _train(config: build.Config, mesh: Mesh) -> _Program:
         "batch": _bytes(batch),
     }
     step = build.train_step(config, mesh, _zeros(tokenizer))
-    return _Program(step, (state, tokenizer, batch), parts, config.data.batch_size)
+    return _Program(step, (state, tokenizer, batch), parts, config.data.batch_size, mesh.size)
 
 
 def _sample(config: build.Config, mesh: Mesh) -> _Program:
     refiner = refinement.abstract_refiner(config)
+    if isinstance(refiner, refiners.InBatch):
+        num_groups = refiner.bank.count.shape[1]
+        if config.data.batch_size % num_groups or config.data.batch_size < 2 * num_groups:
+            raise build.ConfigError(
+                "transport.kind in_batch needs as many images of each group, at least 2: "
+                f"data.batch_size {config.data.batch_size} is no multiple of {num_groups} from "
+                f"{2 * num_groups} on"
+            )
     return _drawn(config, mesh, refiner, config.data.batch_size)
 
 
@@ -248,10 +258,11 @@ def _drawn(config: build.Config, mesh: Mesh, refiner: Any, num_rows: int) -> _Pr
         "refiner": _bytes(refiner),
     }
     even = num_rows == mesh_lib.spread_over(mesh, num_rows)
+    num_copies = 1 if even else mesh_lib.num_batch_shards(mesh)  # each draws them all
     prompt = _rows(prompt, mesh) if even else _whole(prompt, mesh)
     rng = _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     args = (trained.params, trained.tokenizer, refiner, rng, prompt, 0, None)
-    return _Program(drawer.program, args, parts, num_rows)
+    return _Program(drawer.program, args, parts, num_rows, mesh.size // num_copies)
 
 
 _PROGRAMS: dict[str, Callable[[build.Config, Mesh], _Program]] = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, DTypeLike, Shaped
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
@@ -57,10 +57,21 @@ def platform() -> str | None:
     return None if mesh.abstract_device is None else mesh.abstract_device.platform
 
 
-def num_batch_shards(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Pieces that a batch is cut into; None for the mesh that a program is being traced for."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Pieces that a batch is cut into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def num_pieces(num_rows: int) -> int:
+    """Pieces into which the compiler cuts so many rows of a batch; 1 if they do not divide.
+
+    In the mesh that is being traced for, whatever its axes; a symbolic number of rows is one piece.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    cuts = [axis for axis in BATCH if kinds.get(axis) is AxisType.Auto]
+    count = math.prod(mesh.shape[axis] for axis in cuts)
+    return count if isinstance(num_rows, int) and num_rows % count == 0 else 1
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
@@ -115,29 +126,6 @@ def gathered(
     return gather(weight.astype(dtype))
 
 
-def map_shards(local: Callable[..., Any], whole: Any, *rows: Any) -> Any:
-    """`local(whole, *rows)` with the rows that each device has; what it returns is cut alike.
-
-    So rows are laid out, or moved by what lies beside them, without asking other devices.
-
-    Args:
-      whole: A tree of arrays; of what cuts a batch, each device reads all of them.
-      rows: Trees of arrays whose first axis a batch's cuts cut; the first is an array with as many
-        rows as the batch. Where they do not divide, all are one piece.
-    """
-    shards = num_batch_shards()
-    if shards == 1 or len(rows[0]) % shards:
-        return local(whole, *rows)
-    place = PartitionSpec(BATCH)
-    return jax.shard_map(
-        local,
-        in_specs=(PartitionSpec(), *[place] * len(rows)),
-        out_specs=place,
-        axis_names=set(BATCH),
-        check_vma=False,
-    )(whole, *rows)
-
-
 def sum_over_shards(
     local: Callable[..., jax.Array], weights: Any, *rows: Shaped[Array, "b ..."]
 ) -> jax.Array:
@@ -151,4 +139,14 @@ def sum_over_shards(
         they come from `gathered`; others are gathered here as they are stored.
     """
     weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
-    return jnp.sum(map_shards(lambda *args: local(*args)[None], weights, *rows), axis=0)
+    if num_pieces(rows[0].shape[0]) == 1:
+        return local(weights, *rows)
+    place = PartitionSpec(BATCH)
+    sums = jax.shard_map(
+        lambda *args: local(*args)[None],
+        in_specs=(PartitionSpec(), *[place] * len(rows)),
+        out_specs=place,
+        axis_names=set(BATCH),
+        check_vma=False,
+    )(weights, *rows)
+    return jnp.sum(sums, axis=0)

@@ -24,6 +24,7 @@ not fit is refused in under a minute. Exit code 3: it does not fit."""
 GIB, MIB = 2**30, 2**20
 MORE_DEVICES = "Nothing is left to change: take more devices, a smaller batch or fewer parameters."
 DOES_NOT_FIT = 3  # exit code
+MAX_SLICES = 1024  # more than there are; the compiler makes a list of their devices
 MOST_SIZES = 4  # of attention, in a line
 
 
@@ -39,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.slices < 1:
-        raise build.ConfigError(f"--slices {args.slices} must be at least 1")
+    if not 1 <= args.slices <= MAX_SLICES:
+        raise build.ConfigError(f"--slices {args.slices} must be from 1 to {MAX_SLICES}")
     if args.json is not None:
         atomic.check(args.json)
     config = build.load_config(args.config, args.overrides)

@@ -31,7 +31,8 @@ def sampler(folder: str | pathlib.Path) -> Callable[..., np.ndarray]:
     front. Image i depends on the seed, its number `first_row` + i and its prompt alone, unless the
     manifest has a "batch_size": then on its batch, which must be of that size.
 
-    `draw` raises ValueError for a label that is not a class, or a batch of another size.
+    `draw` raises ValueError for a label that is not a class, no rows, a batch of another size, or
+    a seed of more than 32 bits.
     """
     folder = pathlib.Path(folder)
     manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
@@ -45,6 +46,10 @@ def sampler(folder: str | pathlib.Path) -> Callable[..., np.ndarray]:
             if ((prompt < 0) | (prompt >= manifest["num_classes"])).any():
                 raise ValueError(f"a label is not from 0 to {manifest['num_classes'] - 1}")
         size = len(prompt["valid"] if isinstance(prompt, dict) else prompt)
+        if size == 0:
+            raise ValueError("nothing to draw: the prompt has no rows")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed} is not from 0 to {2**32 - 1}")
         if size != (manifest["batch_size"] or size):
             raise ValueError(f"it draws {manifest['batch_size']} images at a time, not {size}")
         return np.asarray(call(held, prompt, np.uint32(seed), np.int32(first_row)))
@@ -79,8 +84,10 @@ if __name__ == "__main__":
         parser.error("--num_images must be at least 1")
     if about["num_classes"] is None:
         parser.error("this sampler draws captions: call `sampler` from Python")
-    # Class by class, as a sampler that mixes the rows of a batch needs them.
-    labels = np.arange(num_images) * about["num_classes"] // num_images
+    # Classes take turns; a sampler that mixes the rows of a batch needs them class by class.
+    labels = np.arange(num_images) % about["num_classes"]
+    if about["batch_size"]:
+        labels = np.arange(num_images) * about["num_classes"] // num_images
     if args.label is not None:
         labels[:] = args.label
     try:

@@ -199,9 +199,8 @@ class PerGroup:
         """
         if 1 in (num_groups, group.shape[0]):
             return None
-        return placement.map_shards(
-            lambda _, group: blocks_lib.make(group, num_groups), None, group
-        )
+        num_pieces = placement.num_pieces(group.shape[0])
+        return blocks_lib.make(group, num_groups, num_pieces=num_pieces)
 
     def refine(
         self,
@@ -216,12 +215,7 @@ class PerGroup:
         one_group = functools.partial(refine_rows, options=options)
         if arranged is None:
             return one_group(cond, jax.tree.map(lambda leaf: leaf[group[0]], maps))
-        return placement.map_shards(
-            lambda maps, cond, blocks: blocks_lib.apply(one_group, cond, maps, blocks=blocks),
-            maps,
-            cond,
-            arranged,
-        )
+        return blocks_lib.apply(one_group, cond, maps, blocks=arranged)
 
     def refine_source(
         self,

@@ -65,6 +65,15 @@ def test_sampling_and_calibration_compile(config, what):
         assert report.collectives == []
 
 
+def test_a_batch_that_does_not_divide_is_drawn_by_all(config):
+    def operations(batch_size):
+        settings = ("transport.kind=none", f"data.batch_size={batch_size}")
+        changed = build.with_overrides(config, settings)
+        return aot.compile_for(changed, topology.named("cpu"), what="sample").operations
+
+    assert operations(13) == pytest.approx(operations(16) * 13 * 8 / 16, rel=0.1)
+
+
 def test_a_program_of_the_command_line(tmp_path, capsys):
     overrides = [f"--config.{x}" for x in tiny.overrides("base")]
     out = tmp_path / "report.json"
@@ -91,7 +100,16 @@ def test_a_program_of_the_command_line(tmp_path, capsys):
             ["--topology", "cpu", "--what", "calibrate", "--config.transport.kind=none"],
             "there is nothing to calibrate",
         ),
-        (["--topology", "cpu", "--slices", "0"], "--slices 0 must be at least 1"),
+        (["--topology", "cpu", "--slices", "0"], "--slices 0 must be from 1 to 1024"),
+        (["--topology", "v5e:2x2", "--slices", "1000000"], "must be from 1 to 1024"),
+        (
+            ["--topology", "cpu", "--what", "sample", "--config.transport.kind=in_batch"],
+            "data.batch_size 64 is no multiple of 10 from 20 on",
+        ),
+        (
+            ["--topology", "cpu", "--config.transport.num_sources=1"],
+            "transport.num_sources 1 must be at least 2",
+        ),
         (["--topology", "CPU", "--slices", "2"], "this machine, which has no slices"),
         (["--topology", "v5e"], "topology 'v5e' has no size: v5e:2x2"),
     ],

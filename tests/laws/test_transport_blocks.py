@@ -5,9 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcond_jax import placement
-from arcond_jax.parallel import compiled
-from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.transport import blocks as blocks_lib
 
 LAYOUTS = {
@@ -34,32 +31,21 @@ def test_each_row_is_moved_by_the_map_of_its_group(name):
 
     refined, blocks = moved(x, group, scale)
     np.testing.assert_array_equal(refined, x * scale[group])
-    rows = np.asarray(blocks.row)
+    (rows,) = np.asarray(blocks.row)
     np.testing.assert_array_equal(np.sort(rows[rows < num_rows]), np.arange(num_rows))
 
 
-def test_devices_lay_out_their_own_rows():
-    mesh = mesh_lib.make_mesh(data=4, fsdp=2)
+def test_rows_in_pieces_stay_in_them():
     rng = np.random.default_rng(0)
-    group = rng.integers(0, 10, 64).astype(np.int32)
-    x = rng.normal(size=(64, 3)).astype(np.float32)
-    scale = rng.normal(size=(10, 3)).astype(np.float32)
-
-    def moved(x, group, scale):
-        blocks = placement.map_shards(lambda _, mine: blocks_lib.make(mine, 10), None, group)
-        return placement.map_shards(
-            lambda scale, x, blocks: blocks_lib.apply(
-                lambda rows, one: rows * one, x, scale, blocks=blocks
-            ),
-            scale,
-            x,
-            blocks,
-        )
-
-    rows, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
-    program = compiled.Compiled(moved, mesh, in_shardings=(rows, rows, whole))
-    args = jax.device_put((x, group, scale), (rows, rows, whole))
-    np.testing.assert_array_equal(program(*args), x * scale[group])
+    group = jnp.asarray(rng.integers(0, 10, 64), jnp.int32)
+    x = jnp.asarray(rng.normal(size=(64, 3)), jnp.float32)
+    scale = jnp.asarray(rng.normal(size=(10, 3)), jnp.float32)
+    blocks = blocks_lib.make(group, 10, num_pieces=8)
+    assert len(blocks.row) == 8
+    for row in np.asarray(blocks.row):
+        np.testing.assert_array_equal(np.sort(row[row < 8]), np.arange(8))
+    moved = blocks_lib.apply(lambda rows, one: rows * one, x, scale, blocks=blocks)
+    np.testing.assert_array_equal(moved, x * scale[group])
 
 
 @pytest.mark.parametrize(("num_rows", "num_groups"), [(64, 1000), (64, 10), (1000, 10), (5, 5)])
@@ -68,7 +54,7 @@ def test_there_are_as_many_blocks_as_the_worst_groups_fill(num_rows, num_groups)
     spread = np.arange(min(num_rows, num_groups))
     group = np.concatenate([spread, np.zeros(num_rows - len(spread), int)])
     blocks = blocks_lib.make(jnp.asarray(group, jnp.int32), num_groups)
-    rows = np.asarray(blocks.row)
+    (rows,) = np.asarray(blocks.row)
     assert len(rows) <= num_rows
     assert (rows < num_rows).any(axis=1).all()
     assert rows.shape[1] * num_groups < num_rows + num_groups  # no longer than an even share
