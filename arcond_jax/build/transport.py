@@ -25,7 +25,7 @@ ENTROPIC = {
     "num_sinkhorn_iters": keys.integer(60),
     "max_move": keys.positive(3.0),
 }
-ROLLOUT = {"num_sources": keys.integer(100, low=2)}  # rows of each group in a calibration
+ROLLOUT = {"num_sources": keys.integer(100)}  # rows of each group in a calibration, 2 or more
 INVERSE = {"inverse_weight": keys.weight(0.0)}
 
 

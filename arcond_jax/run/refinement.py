@@ -131,6 +131,8 @@ def _calibrator(
     config: build.Config, bank: Any, operators: inverse.Inverse | None
 ) -> tuple[refiners.Calibrator, Int[np.ndarray, " n"]]:
     """The calibrator of the config, and the labels of its rollout."""
+    if config.transport.num_sources < 2:
+        raise build.ConfigError("transport.num_sources 1 is too few: a law takes at least 2 rows")
     num_rows = bank.count.shape[1] * config.transport.num_sources
     label = np.arange(num_rows) * config.data.num_classes // num_rows  # class-major, evenly
     return transport_lib.calibrator(config, bank, operators), label.astype(np.int32)

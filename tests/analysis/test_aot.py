@@ -107,8 +107,8 @@ def test_a_program_of_the_command_line(tmp_path, capsys):
             "data.batch_size 64 is no multiple of 10 from 20 on",
         ),
         (
-            ["--topology", "cpu", "--config.transport.num_sources=1"],
-            "transport.num_sources 1 must be at least 2",
+            ["--topology", "cpu", "--what", "sample", "--config.transport.num_sources=1"],
+            "transport.num_sources 1 is too few",
         ),
         (["--topology", "CPU", "--slices", "2"], "this machine, which has no slices"),
         (["--topology", "v5e"], "topology 'v5e' has no size: v5e:2x2"),
