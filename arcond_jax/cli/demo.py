@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    print("Trains three small models and compares eleven samplers: 8 to 13 minutes on 2 CPU cores.")
+    print("Trains three small models and compares eleven samplers: 5 to 13 minutes on 2 CPU cores.")
     start = time.perf_counter()
     if demo.main(args.workdir, num_seeds=args.num_seeds, overrides=args.overrides):
         print(f"done in {(time.perf_counter() - start) / 60:.1f} minutes")
