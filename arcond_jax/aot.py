@@ -29,7 +29,6 @@ from arcond_jax.parallel import mesh as mesh_lib
 from arcond_jax.parallel import topology as topology_lib
 from arcond_jax.run import drawing, refinement, restoring
 from arcond_jax.training import state as state_lib
-from arcond_jax.transport import refiners
 
 WHAT = ("train", "sample", "calibrate")
 # What the compiler says of a program that takes too much.
@@ -228,14 +227,11 @@ def _train(config: build.Config, mesh: Mesh) -> _Program:
 
 def _sample(config: build.Config, mesh: Mesh) -> _Program:
     refiner = refinement.abstract_refiner(config)
-    if isinstance(refiner, refiners.InBatch):
-        num_groups = refiner.bank.count.shape[1]
-        if config.data.batch_size % num_groups or config.data.batch_size < 2 * num_groups:
-            raise build.ConfigError(
-                "transport.kind in_batch needs as many images of each group, at least 2: "
-                f"data.batch_size {config.data.batch_size} is no multiple of {num_groups} from "
-                f"{2 * num_groups} on"
-            )
+    label = jax.ShapeDtypeStruct((config.data.batch_size,), jnp.int32)
+    try:
+        jax.eval_shape(lambda refiner, label: refiner.init(label), refiner, label)
+    except ValueError as error:
+        raise build.ConfigError(f"data.batch_size {config.data.batch_size}: {error}") from None
     return _drawn(config, mesh, refiner, config.data.batch_size)
 
 

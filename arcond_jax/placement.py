@@ -62,10 +62,11 @@ def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def num_pieces(num_rows: int) -> int:
+def num_pieces(num_rows: Any) -> int:
     """Pieces into which the compiler cuts so many rows of a batch; 1 if they do not divide.
 
-    In the mesh that is being traced for, whatever its axes; a symbolic number of rows is one piece.
+    In the mesh that is being traced for, whatever its axes. `num_rows` is a size of a shape: where
+    it is symbolic, the rows are one piece.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

@@ -50,7 +50,14 @@ def unrefined(variant: str) -> tuple[str, ...]:
     return (*chosen, "transport.kind=none")
 
 
+ON_DIGITS = {"dit": "pixels", "rar": "patches", "llamagen": "patches", "magvit2": "patches"}
+
+
 def config(variant: str = "joint", *more: str) -> build.Config:
+    """A variant of `digits`, or a family that has none there, which `more` is to make small."""
+    if variant in ON_DIGITS:
+        other = build.config(model=variant, tokenizer=ON_DIGITS[variant], data="digits")
+        return build.with_overrides(other, more)
     return build.load_config(f"digits:{variant}", (*overrides(variant), *more))
 
 

@@ -104,7 +104,7 @@ def test_a_program_of_the_command_line(tmp_path, capsys):
         (["--topology", "v5e:2x2", "--slices", "1000000"], "must be from 1 to 1024"),
         (
             ["--topology", "cpu", "--what", "sample", "--config.transport.kind=in_batch"],
-            "data.batch_size 64 is no multiple of 10 from 20 on",
+            "data.batch_size 64: A batch of 64 rows does not give each of 10 groups",
         ),
         (
             ["--topology", "cpu", "--what", "sample", "--config.transport.num_sources=1"],

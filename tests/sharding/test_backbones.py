@@ -51,21 +51,13 @@ SETTINGS = {
     "llamagen": (*HEADS, *CODES, *GUIDED),
     "magvit2": (*HEADS, "model.factor_sizes=(2,4)", *CODES, *GUIDED),
 }
-ON_DIGITS = {"dit": "pixels", "rar": "patches", "llamagen": "patches", "magvit2": "patches"}
-
-
-def config_of(family):
-    if family in ON_DIGITS:
-        config = build.config(model=family, tokenizer=ON_DIGITS[family], data="digits")
-        return build.with_overrides(config, SETTINGS[family])
-    return tiny.config(family, *SETTINGS[family])
 
 
 class Backbone:
     """A family with its parameters, refiner and data."""
 
     def __init__(self, family):
-        self.config = config_of(family)
+        self.config = tiny.config(family, *SETTINGS[family])
         self.boxed = build.abstract_params(self.config)
         # Not so large that a rounding grows from position to position.
         self.params = tiny.random_params(self.boxed, scale=0.1)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from arcond_jax import build, placement
 from arcond_jax.data import pipeline
@@ -239,6 +239,16 @@ def test_batches_are_filled_up_to_what_the_devices_divide():
     mesh = make_mesh("three devices")
     assert [mesh_lib.spread_over(mesh, n) for n in (1, 3, 4, 64)] == [3, 3, 6, 66]
     assert mesh_lib.spread_over(make_mesh("one device"), 7) == 7
+
+
+def test_pieces_are_those_that_the_compiler_cuts():
+    (symbolic,) = jax.export.symbolic_shape("b")
+    assert placement.num_pieces(16) == 1
+    with jax.set_mesh(make_mesh("data=2 fsdp=2 tensor=2")):
+        assert [placement.num_pieces(x) for x in (16, 13, symbolic)] == [4, 1, 1]
+    for names, kind in (("xyz", AxisType.Auto), (placement.AXES, AxisType.Explicit)):
+        with jax.set_mesh(jax.make_mesh((2, 2, 2), tuple(names), axis_types=(kind,) * 3)):
+            assert placement.num_pieces(16) == 1
 
 
 def test_a_program_may_be_compiled_before_there_are_arrays():

@@ -27,22 +27,14 @@ VARIANTS = {
     "llamagen": (*BLOCKS, "tokenizer.num_codes=64"),
     "magvit2": (*BLOCKS, "tokenizer.num_codes=64", "model.factor_sizes=(8,8)"),
 }
-ON_DIGITS = {"dit": "pixels", "rar": "patches", "llamagen": "patches", "magvit2": "patches"}
-
-
-def config_of(variant, *more):
-    more = (f"data.batch_size={BATCH}", *VARIANTS[variant], *more)
-    if variant in ON_DIGITS:
-        config = build.config(model=variant, tokenizer=ON_DIGITS[variant], data="digits")
-        return build.with_overrides(config, more)
-    return tiny.config(variant, *more)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_update_moves_its_weights_and_no_activations(variant, monkeypatch):
     """Two gathers and a reduction of every weight, with parameters cut over all devices."""
     monkeypatch.setattr(losses, "ROWS", 2 * 23)  # windows come in eight pieces
-    config = config_of(variant, "mesh.data=2", "mesh.fsdp=4")
+    settings = (f"data.batch_size={BATCH}", *VARIANTS[variant], "mesh.data=2", "mesh.fsdp=4")
+    config = tiny.config(variant, *settings)
     report = aot.compile_for(config, topology.named("cpu"))
     leaves = jax.tree.leaves(nn.unbox(build.abstract_params(config)))
     largest = max(x.size for x in leaves)
